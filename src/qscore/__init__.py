@@ -1,0 +1,20 @@
+"""qscore: reinforcement learning with score-based policies, in discrete and in continuous time."""
+
+from qscore.algorithms import ALGORITHMS as ALGORITHMS
+from qscore.algorithms import QSM as QSM
+from qscore.algorithms import Algorithm as Algorithm
+from qscore.environments import ENVIRONMENTS as ENVIRONMENTS
+from qscore.environments import EnvironmentFailure as EnvironmentFailure
+from qscore.environments import Host as Host
+from qscore.errors import Interrupted as Interrupted
+from qscore.errors import RunStopped as RunStopped
+from qscore.errors import TrainingDiverged as TrainingDiverged
+from qscore.errors import UsageError as UsageError
+from qscore.run import Run as Run
+from qscore.run import Settings as Settings
+from qscore.run import evaluate as evaluate
+from qscore.run import load as load
+from qscore.run import resume as resume
+from qscore.run import train as train
+from qscore.types import Spec as Spec
+from qscore.types import Transition as Transition

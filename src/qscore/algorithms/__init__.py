@@ -1,0 +1,13 @@
+"""The registry of algorithms: one line each."""
+
+from qscore.algorithms.base import Algorithm as Algorithm
+from qscore.algorithms.qsm import QSM as QSM
+
+ALGORITHMS: dict[str, type] = {
+    "qsm": QSM,
+}
+
+
+def algorithm_name(algorithm: Algorithm) -> str:
+    """The registered name of an algorithm instance."""
+    return next(name for name, kind in ALGORITHMS.items() if type(algorithm) is kind)

@@ -1,0 +1,38 @@
+"""What every algorithm is: a frozen bundle of hyperparameters with four pure methods."""
+
+from typing import Any, Protocol
+
+from jaxtyping import Array, Float
+
+from qscore.types import Carry, Key, Metrics, Spec, State, Transition
+
+
+class Algorithm(Protocol):
+    """The contract of `algorithms/`: loops know this and nothing else.
+
+    An implementation is a frozen dataclass of plain Python numbers, so it hashes (static under
+    `jax.jit`), prints as JSON (checkpoint header) and makes its own command-line flags.
+    """
+
+    batch_size: Any
+    warmup_steps: Any
+    updates_per_step: Any
+    replay_capacity: Any
+
+    def init(self, spec: Spec, *, key: Key) -> State:
+        """Fresh networks, targets and optimiser states: a pytree of arrays."""
+        ...
+
+    def init_carry(self, spec: Spec) -> Carry:
+        """What acting remembers at the start of an episode."""
+        ...
+
+    def act(
+        self, state: State, carry: Carry, obs: Float[Array, " obs"], *, key: Key, explore: bool
+    ) -> tuple[Float[Array, " act"], Carry]:
+        """An action in [-1, 1] for one observation; loops vmap."""
+        ...
+
+    def update(self, state: State, batch: Transition, *, key: Key) -> tuple[State, Metrics]:
+        """One gradient step on a batch with one leading axis; loops scan."""
+        ...

@@ -1,0 +1,49 @@
+"""What every environment is to the loops, and the errors environments raise."""
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from qscore.types import Spec
+
+
+class EnvironmentFailure(RuntimeError):
+    """The environment itself raised, or returned something that is not a number."""
+
+
+class Step(NamedTuple):
+    """One step of one environment, in host memory.
+
+    `next_obs` is the observation before any reset; `truncated` is a time limit, never a death.
+    """
+
+    next_obs: np.ndarray
+    reward: float
+    terminated: bool
+    truncated: bool
+
+
+class Episodic(Protocol):
+    """One running environment: an episode begins with a seed, and actions lie in [-1, 1].
+
+    The seed and the actions since then determine the episode, so the two restore it.
+    """
+
+    spec: Spec
+    action_bounds: tuple[np.ndarray, np.ndarray]
+    """The environment's own bounds, that -1 and 1 stand for."""
+
+    def reset(self, seed: int) -> np.ndarray: ...
+    def step(self, action: np.ndarray) -> Step: ...
+    def render(self) -> np.ndarray: ...
+    def close(self) -> None: ...
+
+
+class Environment(Protocol):
+    """A frozen, JSON-able description of an environment, as the command line makes it."""
+
+    num_envs: Any
+
+    def open(self, *, render: bool = False) -> Episodic:
+        """Start one copy. Raises `ValueError` where the description asks for the impossible."""
+        ...

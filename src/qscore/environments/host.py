@@ -1,0 +1,229 @@
+"""Environments that run on the host: any Gymnasium id, and dm_control through shimmy.
+
+Episodes are reset explicitly and with a seed of their own, never by a wrapper behind our back: the
+observation before a reset is then always at hand for bootstrapping, and an episode can be
+restored anywhere from its seed and its actions.
+"""
+
+import contextlib
+import difflib
+import importlib.util
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import gymnasium as gym
+import numpy as np
+
+from qscore.config import Range, validate
+from qscore.environments.base import EnvironmentFailure, Step
+from qscore.types import Spec
+
+MAX_CLOSEST = 3
+
+
+@dataclass(frozen=True)
+class Host:
+    """A Gymnasium or dm_control task with Box observations and actions."""
+
+    id: str
+    """Gymnasium id, such as `HalfCheetah-v5`, or `dm_control/<domain>-<task>-v0`."""
+    num_envs: Annotated[int, Range(1, 4096)] = 1
+    """Copies that collect experience side by side, in [1, 4096]."""
+    dt: Annotated[float | None, Range(0, low_open=True)] = None
+    """Control step in seconds, in (0, inf): a multiple of the physics step of a MuJoCo task. The
+    reward is scaled by dt over the task's own step and the time limit keeps its seconds, so that
+    returns compare across steps. None is the task's own step, the only one other tasks allow."""
+
+    def __post_init__(self):
+        validate(self)
+
+    def open(self, *, render: bool = False) -> "HostTask":
+        """Start one copy of the task.
+
+        Raises `ValueError` for an unknown id (with the closest known ones), for spaces that are not
+        Box, for a step the task cannot take, and for an extra that is not installed.
+        """
+        return HostTask(self, "rgb_array" if render else None)
+
+
+class HostTask:
+    """One running copy: flat float32 observations, actions in [-1, 1], errors with a name."""
+
+    def __init__(self, config: Host, render_mode: str | None):
+        self.name = config.id
+        env = _make(config.id, render_mode=render_mode)
+        limit = _time_limit(env)
+        native_dt = _native_dt(env)
+        self._reward_scale = 1.0
+        if config.dt is not None:
+            env = _set_dt(env, config, native_dt, limit, render_mode)
+            self._reward_scale = _native_dt(env) / native_dt
+            limit = _time_limit(env)
+        dt = _native_dt(env)
+        _check_spaces(config.id, env)
+        self._action_shape = env.action_space.shape
+        space: Any = env.action_space
+        self.action_bounds = (space.low.ravel(), space.high.ravel())
+        with warnings.catch_warnings():  # of casting bounds of -1 and 1 to float32
+            warnings.simplefilter("ignore")
+            env = gym.wrappers.FlattenObservation(gym.wrappers.RescaleAction(env, -1.0, 1.0))
+        self._env = env
+        self.spec = Spec(
+            obs_size=env.observation_space.shape[0],  # pyright: ignore[reportOptionalSubscript]
+            action_size=int(np.prod(self._action_shape)),  # pyright: ignore[reportCallIssue, reportArgumentType]
+            dt=dt,
+            horizon=None if limit is None else limit * dt,
+        )
+
+    def reset(self, seed: int) -> np.ndarray:
+        """Begin the episode that belongs to `seed`."""
+        obs, _ = self._call("reset", lambda: self._env.reset(seed=seed))
+        return self._checked(obs)
+
+    def step(self, action: np.ndarray) -> Step:
+        """Advance by one control step under an action in [-1, 1]."""
+        action = np.asarray(action, np.float32).reshape(self._action_shape)
+        obs, reward, terminated, truncated, _ = self._call("step", lambda: self._env.step(action))
+        reward = float(reward) * self._reward_scale  # pyright: ignore[reportArgumentType]
+        if not np.isfinite(reward):
+            raise EnvironmentFailure(f"{self.name} returned the reward {reward}.")
+        # an episode that ends both ways is over: the state is final
+        return Step(self._checked(obs), reward, bool(terminated), bool(truncated and not terminated))
+
+    def render(self) -> np.ndarray:
+        """The current frame, `uint8[height, width, 3]`."""
+        return np.asarray(self._call("render", self._env.render))
+
+    def close(self) -> None:
+        """Free the task's resources."""
+        with contextlib.suppress(Exception):
+            self._env.close()
+
+    def _call(self, verb: str, function: Any) -> Any:
+        try:
+            return function()
+        except Exception as error:
+            raise EnvironmentFailure(
+                f"{self.name} raised in {verb}: {type(error).__name__}: {error}"
+            ) from error
+
+    def _checked(self, obs: Any) -> np.ndarray:
+        obs = np.asarray(obs, np.float32)
+        if not np.isfinite(obs).all():
+            bad = np.flatnonzero(~np.isfinite(obs))
+            raise EnvironmentFailure(
+                f"{self.name} returned an observation with {len(bad)} non-finite components, "
+                f"the first at index {bad[0]}: {obs[bad[0]]}."
+            )
+        return obs
+
+
+def known_ids() -> list[str]:
+    """Every Gymnasium id at hand, the newest version of each task; dm_control's where installed."""
+    _register_dm_control()
+    newest: dict[str, tuple[int, str]] = {}
+    for id, spec in gym.registry.items():
+        stem = f"{spec.namespace}/{spec.name}" if spec.namespace else spec.name
+        newest[stem] = max(newest.get(stem, (-1, "")), (spec.version or 0, id))
+    return sorted(id for _, id in newest.values())
+
+
+def _make(id: str, **kwargs: Any) -> gym.Env:
+    if id.startswith("dm_control/"):
+        for module in ("dm_control", "shimmy"):
+            if importlib.util.find_spec(module) is None:
+                raise ValueError(
+                    f"{id!r} needs the package {module}: pip install 'qscore[dmc]' "
+                    "(or `uv sync --extra dmc`)."
+                )
+        _register_dm_control()
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            return gym.make(id, **kwargs)
+        except gym.error.Error as error:
+            if id in gym.registry:
+                raise ValueError(f"cannot make {id!r}: {error}") from error
+            closest = difflib.get_close_matches(id, known_ids(), MAX_CLOSEST, cutoff=0.5)
+            hint = f" The closest are {', '.join(closest)}." if closest else ""
+            raise ValueError(
+                f"unknown environment {id!r}.{hint} `qscore list environments` shows them all."
+            ) from error
+        except ImportError as error:
+            raise ValueError(
+                f"{id!r} needs a package that is not installed: {error}. "
+                "Install it, for example: pip install 'gymnasium[all]'."
+            ) from error
+
+
+def _register_dm_control() -> None:
+    if importlib.util.find_spec("shimmy") and importlib.util.find_spec("dm_control"):
+        # dm_control's import warns of a missing display and prints model deprecations
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            import shimmy
+
+            gym.register_envs(shimmy)
+
+
+def _check_spaces(id: str, env: gym.Env) -> None:
+    action = env.action_space
+    if not isinstance(action, gym.spaces.Box):
+        raise ValueError(
+            f"{id!r} has the action space {action}; qscore's policies are continuous and need a Box."
+        )
+    if not (np.isfinite(action.low).all() and np.isfinite(action.high).all()):
+        raise ValueError(f"{id!r} has unbounded actions, {action}; they cannot be scaled to [-1, 1].")
+    obs = env.observation_space
+    parts = list(obs.spaces.values()) if isinstance(obs, gym.spaces.Dict) else [obs]
+    if not all(isinstance(part, gym.spaces.Box) for part in parts):
+        raise ValueError(f"{id!r} has the observation space {obs}; it must be a Box, or a Dict of them.")
+
+
+def _time_limit(env: gym.Env) -> int | None:
+    """Steps until an episode is cut, or None. dm_control keeps its own, which shimmy does not state."""
+    if env.spec is not None and env.spec.max_episode_steps is not None:
+        return env.spec.max_episode_steps
+    dm_env = getattr(env.unwrapped, "_env", None)
+    limit = getattr(dm_env, "_step_limit", None)
+    return int(round(limit)) if limit is not None and np.isfinite(limit) else None
+
+
+def _native_dt(env: gym.Env) -> float:
+    """The control step in seconds; 1 where the environment does not say."""
+    dt = getattr(env.unwrapped, "dt", None)
+    return float(dt() if callable(dt) else dt) if dt is not None else 1.0  # pyright: ignore[reportArgumentType]
+
+
+def _set_dt(
+    env: gym.Env, config: Host, native_dt: float, limit: int | None, render_mode: str | None
+) -> gym.Env:
+    dt = config.dt
+    assert dt is not None
+    task: Any = env.unwrapped
+    is_dm_control = config.id.startswith("dm_control/")
+    if is_dm_control:
+        physics_step = float(task._env.physics.timestep())
+    elif isinstance(task, gym.envs.mujoco.MujocoEnv):
+        physics_step = float(task.model.opt.timestep)
+    else:
+        raise ValueError(
+            f"`environment.dt` of {config.id!r} can only be {native_dt:g} s, its own step; got {dt:g}."
+        )
+    substeps = round(dt / physics_step)
+    if substeps < 1 or abs(substeps * physics_step - dt) > 1e-6 * dt:
+        raise ValueError(
+            f"`environment.dt` of {config.id!r} must be a multiple of its physics step "
+            f"{physics_step:g} s; got {dt:g}. The nearest is {max(substeps, 1) * physics_step:g}; "
+            f"its own is {native_dt:g}."
+        )
+    env.close()
+    if is_dm_control:  # its time limit is in seconds and follows
+        kwargs = {"environment_kwargs": {"control_timestep": substeps * physics_step}}
+        return _make(config.id, render_mode=render_mode, **kwargs)
+    steps = None if limit is None else round(limit * native_dt / (substeps * physics_step))
+    env = _make(config.id, render_mode=render_mode, max_episode_steps=steps)
+    env.unwrapped.frame_skip = substeps  # pyright: ignore[reportAttributeAccessIssue]
+    return env

@@ -1,0 +1,17 @@
+"""The ways a command can end other than well; `cli` turns each into its exit code and one line."""
+
+
+class UsageError(ValueError):
+    """The request cannot be carried out as it stands: exit code 2."""
+
+
+class RunStopped(RuntimeError):
+    """A run ended early and says why, and which checkpoint is good: exit code 1."""
+
+
+class TrainingDiverged(RunStopped):
+    """A number that is not finite: exit code 3."""
+
+
+class Interrupted(RunStopped):
+    """A signal asked the run to stop; it wrote a checkpoint first: exit code 130."""

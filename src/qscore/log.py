@@ -1,0 +1,105 @@
+"""What a run writes as it goes: JSON lines, TensorBoard, and a progress bar on a terminal."""
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+STREAMS = ("metrics", "evals")
+
+
+class RunLog:
+    """Appends to `metrics.jsonl` and `evals.jsonl`, and mirrors both to TensorBoard.
+
+    `offsets` cuts the files back to the length a checkpoint recorded, so that a resumed run
+    repeats no line.
+    """
+
+    def __init__(self, folder: Path, offsets: dict[str, int] | None = None, env_steps: int = 0):
+        from tensorboardX import SummaryWriter
+
+        self._files = {}
+        for stream in STREAMS:
+            path = folder / f"{stream}.jsonl"
+            path.touch()
+            os.truncate(path, min((offsets or {}).get(stream, 0), path.stat().st_size))
+            self._files[stream] = open(path, "a")
+        # events after the checkpoint belong to the run that died
+        purge = env_steps + 1 if offsets else None
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        """One line of training metrics of one seed."""
+        self._append("metrics", row)
+        for name, value in row.items():
+            if name not in ("seed", "env_steps"):
+                self._board.add_scalar(f"seed-{row['seed']}/{name}", value, row["env_steps"])
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        """One line per seed and evaluation."""
+        self._append("evals", row)
+        mean = sum(row["returns"]) / len(row["returns"])
+        self._board.add_scalar(f"seed-{row['seed']}/eval_return", mean, row["env_steps"])
+
+    def offsets(self) -> dict[str, int]:
+        """The files' lengths in bytes, once everything is on the disk."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        self._board.flush()
+        return {stream: file.tell() for stream, file in self._files.items()}
+
+    def close(self) -> None:
+        """Flush and close; what cannot be written any more is let go."""
+        for file in self._files.values():
+            with contextlib.suppress(OSError):
+                file.close()
+        with contextlib.suppress(OSError):
+            self._board.close()
+
+    def _append(self, stream: str, row: dict[str, Any]) -> None:
+        self._files[stream].write(json.dumps(row) + "\n")
+        self._files[stream].flush()
+
+
+class ProgressBar:
+    """Steps, steps per second, time left and the last return on stderr; silent without a terminal."""
+
+    def __init__(self, label: str, total: int, *, enabled: bool):
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not (enabled and sys.stderr.isatty()),
+        )
+        self._task = self._progress.add_task(label, total=total, rate="", note="")
+        self._progress.start()
+
+    def update(self, env_steps: int, rate: float) -> None:
+        """Move the bar; `rate` is environment steps per second, all seeds together."""
+        self._progress.update(self._task, completed=env_steps, rate=f"{rate:.0f} steps/s")
+
+    def note(self, text: str) -> None:
+        """Replace the text at the end of the bar."""
+        self._progress.update(self._task, note=text)
+
+    def warn(self, text: str) -> None:
+        """A line above the bar that stays; also without a terminal."""
+        if self._progress.disable:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+        else:
+            self._progress.console.print(f"[yellow]warning:[/] {text}")
+
+    def close(self) -> None:
+        """Stop drawing."""
+        self._progress.stop()

@@ -1,0 +1,152 @@
+"""Networks. Each sees one example; batch, ensemble and particle axes are added by `jax.vmap`.
+
+Every leaf of a network is an array (activations and sizes are static), so plain `jax.jit`,
+`jax.grad`, `jax.lax.scan` and Optax work on it.
+"""
+
+from collections.abc import Callable, Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float
+
+from qscore.types import Key
+
+Activation = Callable[[Array], Array]
+
+
+@jax.custom_jvp
+def mish(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """x tanh(softplus(x)) (Misra 2019), from a single exponential.
+
+    With e = exp(x) and n = e(e + 2), tanh(softplus(x)) = n / (n + 2). The textbook form costs
+    three transcendental functions, as much as a 256-wide matrix product on a CPU.
+    """
+    e = jnp.exp(jnp.minimum(x, 20.0))  # beyond 20 the ratio is 1 in float32; e * e must not overflow
+    n = e * (e + 2.0)
+    return x * (n / (n + 2.0))
+
+
+@mish.defjvp
+def _mish_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    e = jnp.exp(jnp.minimum(x, 20.0))
+    inverse = 1.0 / (e * (e + 2.0) + 2.0)
+    ratio = e * (e + 2.0) * inverse
+    slope = ratio + x * (4.0 * e * (e + 1.0)) * inverse * inverse
+    return x * ratio, slope * dx
+
+
+class Linear(eqx.Module):
+    """y = x W + b, with Glorot-uniform W and b = 0."""
+
+    weight: Float[Array, "in out"]
+    bias: Float[Array, " out"]
+
+    def __init__(self, in_size: int, out_size: int, *, key: Key):
+        self.weight = jax.nn.initializers.glorot_uniform()(key, (in_size, out_size))
+        self.bias = jnp.zeros(out_size)
+
+    def __call__(self, x: Float[Array, " in"]) -> Float[Array, " out"]:
+        return x @ self.weight + self.bias
+
+
+class MLP(eqx.Module):
+    """A multi-layer perceptron on one vector; the last layer is linear."""
+
+    layers: tuple[Linear, ...]
+    activation: Activation = eqx.field(static=True)
+
+    def __init__(self, sizes: Sequence[int], activation: Activation, *, key: Key):
+        keys = jr.split(key, len(sizes) - 1)
+        self.layers = tuple(
+            Linear(m, n, key=k) for m, n, k in zip(sizes[:-1], sizes[1:], keys, strict=True)
+        )
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, " in"]) -> Float[Array, " out"]:
+        for layer in self.layers[:-1]:
+            x = self.activation(layer(x))
+        return self.layers[-1](x)
+
+
+class Critic(eqx.Module):
+    """Q(s, a): one observation and one action in [-1, 1] to one number."""
+
+    mlp: MLP
+
+    def __init__(self, obs_size: int, action_size: int, hidden: Sequence[int], *, key: Key):
+        self.mlp = MLP((obs_size + action_size, *hidden, 1), jax.nn.relu, key=key)
+
+    def __call__(self, obs: Float[Array, " obs"], action: Float[Array, " act"]) -> Float[Array, ""]:
+        return self.mlp(jnp.concatenate([obs, action]))[0]
+
+
+class FourierFeatures(eqx.Module):
+    """[cos(2 pi w t), sin(2 pi w t)] with learned frequencies w ~ N(0, 0.2^2), t a noise level."""
+
+    frequencies: Float[Array, " half"]
+
+    def __init__(self, size: int, *, key: Key):
+        self.frequencies = 0.2 * jr.normal(key, (size // 2,))
+
+    def __call__(self, level: Float[Array, ""]) -> Float[Array, " size"]:
+        phase = 2.0 * jnp.pi * level * self.frequencies
+        return jnp.concatenate([jnp.cos(phase), jnp.sin(phase)])
+
+
+class ScoreNetwork(eqx.Module):
+    """The denoiser: an observation, a noised action and a noise level to one vector per action.
+
+    What the vector means (the noise, or the clean action) is the algorithm's choice. The first
+    layer is linear in its three inputs, so it is evaluated in parts: the observation's once per
+    chain (`encode_obs`), the levels' once per batch (`encode_levels`), and only the action's at
+    every step. The network is `network(action, obs_code + level_codes[level])`.
+    """
+
+    features: FourierFeatures
+    level_mlp: MLP
+    mlp: MLP
+    action_size: int = eqx.field(static=True)
+    obs_size: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        obs_size: int,
+        action_size: int,
+        hidden: Sequence[int],
+        *,
+        feature_size: int = 64,
+        embedding: Sequence[int] = (128, 128),
+        key: Key,
+    ):
+        features_key, level_key, mlp_key = jr.split(key, 3)
+        self.features = FourierFeatures(feature_size, key=features_key)
+        self.level_mlp = MLP((feature_size, *embedding), mish, key=level_key)
+        sizes = (action_size + obs_size + embedding[-1], *hidden, action_size)
+        self.mlp = MLP(sizes, mish, key=mlp_key)
+        self.action_size, self.obs_size = action_size, obs_size
+
+    def encode_obs(self, obs: Float[Array, " obs"]) -> Float[Array, " hidden"]:
+        """The observation's share of the first layer, before the activation."""
+        start = self.action_size
+        return obs @ self.mlp.layers[0].weight[start : start + self.obs_size]
+
+    def encode_levels(self, levels: int) -> Float[Array, "{levels} hidden"]:
+        """The share of each of the levels 0 ... levels-1, bias included."""
+        embeddings = jax.vmap(lambda level: self.level_mlp(self.features(level)))(
+            jnp.arange(levels, dtype=jnp.float32)
+        )
+        first = self.mlp.layers[0]
+        return embeddings @ first.weight[self.action_size + self.obs_size :] + first.bias[None]
+
+    def __call__(
+        self, action: Float[Array, " act"], code: Float[Array, " hidden"]
+    ) -> Float[Array, " act"]:
+        first, *middle, last = self.mlp.layers
+        x = self.mlp.activation(action @ first.weight[: self.action_size] + code)
+        for layer in middle:
+            x = self.mlp.activation(layer(x))
+        return last(x)

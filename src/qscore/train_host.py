@@ -1,0 +1,414 @@
+"""Training in host environments: collect a chunk, then update on it; and the one evaluation path.
+
+No disk, clock or terminal here: `run` drives a `Session` per seed and does the rest.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+from qscore import replay, train
+from qscore.algorithms.base import Algorithm
+from qscore.environments.base import Environment, Episodic
+from qscore.types import Key, Spec, State, Transition
+
+CHUNK = 50
+"""Environment steps collected under one policy before its updates are taken."""
+
+
+@lru_cache
+def compiled_chunk(algorithm: Algorithm, spec: Spec, capacity: int, rows: int) -> Any:
+    """`train.train_chunk` for blocks of `rows` transitions, compiled once for all seeds."""
+
+    def chunk(runner, block, count, updates, key):
+        return train.train_chunk(algorithm, runner, block, count, updates, key=key)
+
+    runner = jax.eval_shape(
+        lambda: train.init_runner(algorithm, spec, capacity, key=jr.key(0))
+    )
+    block = jax.eval_shape(lambda: replay.empty_rows(spec, rows))
+    integer = jax.ShapeDtypeStruct((), jnp.int32)
+    lowered = jax.jit(chunk, donate_argnums=0).lower(runner, block, integer, integer, jr.key(0))
+    return lowered.compile()
+
+
+class Policy:
+    """An algorithm's `act`, compiled for a batch of observations and fed only what it reads.
+
+    An agent holds critics, targets and optimiser states that acting never touches; handing all of
+    them to a compiled function costs more than the action itself. The leaves that `act` depends
+    on are found once from its traced form.
+    """
+
+    def __init__(self, algorithm: Algorithm, spec: Spec, rows: int, *, explore: bool):
+        self.algorithm, self.spec, self.rows, self.explore = algorithm, spec, rows, explore
+        self._shapes, self._treedef = jax.tree.flatten(agent_shapes(algorithm, spec))
+        carry = jax.eval_shape(self.init_carry)
+        obs = jax.ShapeDtypeStruct((rows, spec.obs_size), jnp.float32)
+        step = jax.ShapeDtypeStruct((), jnp.uint32)
+        traced = jax.make_jaxpr(self._act_all)(self._shapes, carry, obs, jr.key(0), step)
+        used = {id(var) for equation in traced.eqns for var in equation.invars}
+        used |= {id(var) for var in traced.jaxpr.outvars}
+        inputs = traced.jaxpr.invars[: len(self._shapes)]
+        self._read = [i for i, var in enumerate(inputs) if id(var) in used]
+        read = [self._shapes[i] for i in self._read]
+        self._compiled = jax.jit(self._act_read).lower(read, carry, obs, jr.key(0), step).compile()
+
+    def init_carry(self) -> Any:
+        """The carry at the start of an episode, for every row."""
+        carry = self.algorithm.init_carry(self.spec)
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.rows, *leaf.shape)), carry)
+
+    def read(self, state: State) -> list[jax.Array]:
+        """What acting needs of an agent."""
+        leaves = jax.tree.leaves(state)
+        return [leaves[i] for i in self._read]
+
+    def __call__(
+        self, read: list[jax.Array], carry: Any, obs: np.ndarray, key: Key, step: int
+    ) -> tuple[np.ndarray, Any]:
+        """Actions for `obs[rows, obs_size]`; row i draws from `fold_in(fold_in(key, step), i)`."""
+        action, carry = self._compiled(read, carry, obs, key, np.uint32(step))
+        return np.asarray(action), carry
+
+    def _act_read(self, read, carry, obs, key, step):
+        leaves: list[Any] = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in self._shapes]
+        for i, leaf in zip(self._read, read, strict=True):
+            leaves[i] = leaf
+        return self._act_all(leaves, carry, obs, key, step)
+
+    def _act_all(self, leaves, carry, obs, key, step):
+        state = jax.tree.unflatten(self._treedef, leaves)
+        key = jr.fold_in(key, step)
+        keys = jax.vmap(lambda row: jr.fold_in(key, row))(jnp.arange(self.rows))
+        return jax.vmap(
+            lambda carry, obs, key: self.algorithm.act(
+                state, carry, obs, key=key, explore=self.explore
+            )
+        )(carry, obs, keys)
+
+
+@lru_cache
+def exploration_policy(algorithm: Algorithm, spec: Spec, rows: int) -> Policy:
+    """The policy that collects experience in `rows` environments side by side."""
+    return Policy(algorithm, spec, rows, explore=True)
+
+
+EVAL_ROWS = 10
+"""Episodes evaluated side by side; fixed, so that an episode's numbers do not depend on how many."""
+
+
+@lru_cache
+def evaluation_policy(
+    algorithm: Algorithm, spec: Spec, *, best_of: int = 1, rows: int = EVAL_ROWS
+) -> Policy:
+    """The policy as it is evaluated: no exploration, and best-of-N only where it is asked for."""
+    return Policy(with_best_of(algorithm, best_of), spec, rows, explore=False)
+
+
+def with_best_of(algorithm: Algorithm, best_of: int) -> Algorithm:
+    """The algorithm, acting with the best of N. Raises `ValueError` where it cannot."""
+    if hasattr(algorithm, "best_of"):
+        return dataclasses.replace(algorithm, best_of=best_of)  # pyright: ignore
+    if best_of == 1:
+        return algorithm
+    raise ValueError(f"{type(algorithm).__name__} cannot act with the best of N actions.")
+
+
+def agent_shapes(algorithm: Algorithm, spec: Spec) -> Any:
+    """The structure, shapes and types of an agent's state, without making one."""
+    return jax.eval_shape(lambda: algorithm.init(spec, key=jr.key(0)))
+
+
+class Diverged(FloatingPointError):
+    """Training produced a number that is not finite."""
+
+
+def episode_seed(*stream: int) -> int:
+    """The seed of one episode: a hash of the integers that name it."""
+    return int(np.random.SeedSequence(stream).generate_state(1)[0] >> 1)
+
+
+def evaluate(
+    policy: Policy,
+    agent: State,
+    tasks: list[Episodic],
+    *,
+    episodes: int,
+    seed: int,
+    watch: Callable[[Episodic], None] | None = None,
+) -> tuple[list[float], list[int]]:
+    """Returns (undiscounted) and lengths of `episodes` episodes: the only evaluation there is.
+
+    Episode i begins from the environment seed that belongs to (`seed`, i). `tasks` are up to
+    `policy.rows` open copies. `watch` is called with the first copy after each observation of
+    episode 0.
+    """
+    tasks = tasks[: policy.rows]
+    read, key = policy.read(agent), jr.key(seed)
+    obs = np.zeros((policy.rows, policy.spec.obs_size), np.float32)
+    carry = fresh = policy.init_carry()
+    running: dict[int, int] = {}  # slot -> episode
+    returns, lengths = [0.0] * episodes, [0] * episodes
+    waiting = iter(range(episodes))
+
+    def begin(slot: int) -> None:
+        nonlocal carry
+        episode = next(waiting, None)
+        running.pop(slot, None)
+        if episode is not None:
+            obs[slot] = tasks[slot].reset(episode_seed(1, seed, episode))
+            carry = _reset_rows(carry, fresh, slot)
+            running[slot] = episode
+            if watch and episode == 0:
+                watch(tasks[slot])
+
+    for slot in range(len(tasks)):
+        begin(slot)
+    step = 0
+    while running:
+        actions, carry = policy(read, carry, obs.copy(), key, step)
+        for slot, episode in list(running.items()):
+            result = tasks[slot].step(actions[slot])
+            obs[slot] = result.next_obs
+            returns[episode] += result.reward
+            lengths[episode] += 1
+            if watch and episode == 0:
+                watch(tasks[slot])
+            if result.terminated or result.truncated:
+                begin(slot)
+        step += 1
+    return returns, lengths
+
+
+def _reset_rows(carry: Any, fresh: Any, row: int) -> Any:
+    return jax.tree.map(lambda now, start: now.at[row].set(start[row]), carry, fresh)
+
+
+@lru_cache
+def _compiled_uniform(rows: int, size: int):
+    def uniform(key, step):
+        return jr.uniform(jr.fold_in(key, step), (rows, size), minval=-1.0, maxval=1.0)
+
+    return jax.jit(uniform)
+
+
+class Session:
+    """One seed of a run in host environments: the environments, the runner and their counters.
+
+    Everything random is drawn from the seed and the counters, so `snapshot` and `restore` need no
+    random state: an environment is put back by its episode's seed and the actions taken since.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        environment: Environment,
+        seed: int,
+        *,
+        steps: int,
+        eval_episodes: int,
+    ):
+        self.algorithm, self.seed, self.eval_episodes = algorithm, seed, eval_episodes
+        self.tasks = [environment.open() for _ in range(environment.num_envs)]
+        self.eval_tasks = [environment.open() for _ in range(min(eval_episodes, EVAL_ROWS))]
+        self.spec = self.tasks[0].spec
+        init_key, self._act_key, self._update_key = jr.split(jr.key(seed), 3)
+        self.capacity = min(algorithm.replay_capacity, steps)
+        # everything is compiled here, by one thread, before the seeds' threads start
+        self._explore = exploration_policy(algorithm, self.spec, len(self.tasks))
+        self._evaluation = evaluation_policy(algorithm, self.spec)
+        self._chunk = compiled_chunk(algorithm, self.spec, self.capacity, self.chunk)
+        self.runner = train.init_runner(algorithm, self.spec, self.capacity, key=init_key)
+
+        rows = len(self.tasks)
+        self.env_steps = 0
+        self.updates = 0
+        self.episodes = [0] * rows  # of each environment, the running one included
+        self.returns = [0.0] * rows  # of the running episodes
+        self.history: list[list[np.ndarray]] = [[] for _ in range(rows)]
+        self.finished: list[float] = []  # returns of episodes that ended since the last log
+        self.sums: dict[str, float] = {}  # metrics since the last log, summed over updates
+        self.summed = 0
+        self.obs = np.stack([self._begin(row) for row in range(rows)])
+        self.carry = self._explore.init_carry()
+
+    @property
+    def chunk(self) -> int:
+        """Environment steps per chunk: `CHUNK`, rounded up to a multiple of the environments."""
+        rows = len(self.tasks)
+        return -(-CHUNK // rows) * rows
+
+    def advance(self, until: int) -> None:
+        """Collect to the end of the current chunk (or `until`), then take the updates due.
+
+        Raises `Diverged` and `EnvironmentFailure`.
+        """
+        count = min(self.chunk - self.env_steps % self.chunk, until - self.env_steps)
+        rows = self._collect(count)
+        due = int(
+            self.algorithm.updates_per_step
+            * max(0, self.env_steps - self.algorithm.warmup_steps)
+        )
+        updates = due - self.updates
+        self.runner, metrics, finite = self._chunk(
+            self.runner, rows, np.int32(count), np.int32(updates), self._update_key
+        )
+        if updates == 0:
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        bad = [name for name, value in values.items() if not np.isfinite(value)]
+        if bad or not finite:
+            what = ", ".join(bad) if bad else "the parameters"
+            raise Diverged(
+                f"not finite: {what} (seed {self.seed}, env step {self.env_steps}, "
+                f"updates {self.updates + 1} to {due})"
+            )
+        self.updates = due
+        self.summed += updates
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value * updates
+
+    def evaluate(self, seed: int) -> tuple[list[float], list[int]]:
+        """`evaluate` of the current agent, exploration off and best-of-N off."""
+        agent, episodes = self.runner.agent, self.eval_episodes
+        return evaluate(self._evaluation, agent, self.eval_tasks, episodes=episodes, seed=seed)
+
+    def flush(self) -> dict[str, float]:
+        """The mean of every metric since the last call, and of the episodes that ended."""
+        row = {name: total / self.summed for name, total in self.sums.items()}
+        if self.finished:
+            row["episode_return"] = float(np.mean(self.finished))
+        self.sums, self.summed, self.finished = {}, 0, []
+        return row
+
+    def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(counters as plain JSON values, arrays): what `restore` needs to continue exactly."""
+        counters = {
+            "seed": self.seed,
+            "env_steps": self.env_steps,
+            "updates": self.updates,
+            "episodes": self.episodes,
+            "returns": self.returns,
+            "finished": self.finished,
+            "sums": self.sums,
+            "summed": self.summed,
+        }
+        size = int(self.runner.replay.size)
+        arrays = {
+            "agent": self.runner.agent,
+            "updates": self.runner.updates,
+            "replay": jax.tree.map(lambda leaf: leaf[:size], self.runner.replay.data),
+            "added": self.runner.replay.added,
+            "carry": self.carry,
+            "obs": self.obs,
+            "history": {
+                str(row): np.asarray(actions, np.float32).reshape(-1, self.spec.action_size)
+                for row, actions in enumerate(self.history)
+            },
+        }
+        return counters, arrays
+
+    def skeleton(self) -> dict[str, Any]:
+        """A tree of the structure of `snapshot`'s arrays, to load them into."""
+        arrays = self.snapshot()[1]
+        return {**arrays, "agent": agent_shapes(self.algorithm, self.spec)}
+
+    def restore(self, counters: dict[str, Any], arrays: dict[str, Any]) -> bool:
+        """Continue from a snapshot. False where an environment did not repeat its episode.
+
+        Such an environment is not deterministic; it starts a new episode instead.
+        """
+        self.env_steps, self.updates = counters["env_steps"], counters["updates"]
+        self.episodes, self.returns = list(counters["episodes"]), list(counters["returns"])
+        self.finished, self.sums = list(counters["finished"]), dict(counters["sums"])
+        self.summed = counters["summed"]
+        data = jax.tree.map(
+            lambda saved: jnp.zeros((self.capacity, *saved.shape[1:]), saved.dtype)
+            .at[: saved.shape[0]]
+            .set(saved),
+            arrays["replay"],
+        )
+        self.runner = train.Runner(
+            agent=jax.tree.map(jnp.array, arrays["agent"]),
+            replay=replay.Replay(data, jnp.array(arrays["added"])),
+            updates=jnp.array(arrays["updates"]),
+        )
+        self.carry = jax.tree.map(jnp.array, arrays["carry"])
+        self.obs = np.array(arrays["obs"])
+        self.history = [list(arrays["history"][str(row)]) for row in range(len(self.tasks))]
+        return all([self._replay_episode(row) for row in range(len(self.tasks))])
+
+    def close(self) -> None:
+        """Close every environment."""
+        for task in self.tasks + self.eval_tasks:
+            task.close()
+
+    def _begin(self, row: int) -> np.ndarray:
+        """Reset one environment to its next episode."""
+        self.episodes[row] += 1
+        self.returns[row] = 0.0
+        self.history[row] = []
+        return self.tasks[row].reset(episode_seed(0, self.seed, row, self.episodes[row]))
+
+    def _replay_episode(self, row: int) -> bool:
+        obs = self.tasks[row].reset(episode_seed(0, self.seed, row, self.episodes[row]))
+        for action in self.history[row]:
+            obs = self.tasks[row].step(action).next_obs
+        if np.array_equal(obs, self.obs[row]):
+            return True
+        self.obs[row] = self._begin(row)
+        self.carry = _reset_rows(self.carry, self._explore.init_carry(), row)
+        return False
+
+    def _actions(self, read: list[jax.Array]) -> np.ndarray:
+        if self.env_steps < self.algorithm.warmup_steps:
+            uniform = _compiled_uniform(len(self.tasks), self.spec.action_size)
+            return np.asarray(uniform(self._act_key, np.uint32(self.env_steps)))
+        actions, self.carry = self._explore(
+            read, self.carry, self.obs, self._act_key, self.env_steps
+        )
+        return actions
+
+    def _collect(self, count: int) -> Transition:
+        """`count` transitions, in a block of `chunk` rows."""
+        block, spec = self.chunk, self.spec
+        rows = Transition(
+            obs=np.zeros((block, spec.obs_size), np.float32),
+            action=np.zeros((block, spec.action_size), np.float32),
+            reward=np.zeros(block, np.float32),
+            next_obs=np.zeros((block, spec.obs_size), np.float32),
+            terminated=np.zeros(block, bool),
+            time=np.zeros(block, np.float32),
+            dt=np.full(block, spec.dt, np.float32),
+        )
+        read = self._explore.read(self.runner.agent)
+        for start in range(0, count, len(self.tasks)):
+            actions = self._actions(read)
+            next_obs = np.empty_like(self.obs)
+            for row, task in enumerate(self.tasks):
+                step = task.step(actions[row])
+                i = start + row
+                rows.obs[i], rows.action[i] = self.obs[row], actions[row]
+                rows.reward[i], rows.next_obs[i] = step.reward, step.next_obs
+                rows.terminated[i] = step.terminated
+                rows.time[i] = len(self.history[row]) * spec.dt
+                self.history[row].append(actions[row])
+                self.returns[row] += step.reward
+                next_obs[row] = step.next_obs
+                if step.terminated or step.truncated:
+                    self.finished.append(self.returns[row])
+                    next_obs[row] = self._begin(row)
+                    self.carry = _reset_rows(
+                        self.carry, self._explore.init_carry(), row
+                    )
+            self.obs = next_obs
+            self.env_steps += len(self.tasks)
+        return rows
+

@@ -1,0 +1,56 @@
+"""The array vocabulary shared by every module."""
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import equinox as eqx
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+Key: TypeAlias = PRNGKeyArray
+"""A typed JAX random key, as made by `jax.random.key`."""
+
+Metrics: TypeAlias = dict[str, Float[Array, ""]]
+"""Named scalars that an update reports."""
+
+State: TypeAlias = Any
+"""A pytree of arrays: all that an algorithm learns. Each algorithm defines its own."""
+
+Carry: TypeAlias = Any
+"""A pytree of arrays that acting remembers between steps; `()` for a memoryless policy."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What an algorithm needs to know of an environment.
+
+    - `obs_size`: length of the (flattened) observation vector.
+    - `action_size`: length of the action vector; every component lies in [-1, 1].
+    - `dt`: nominal control step in seconds.
+    - `horizon`: length of an episode's time limit in seconds, or None where there is none.
+    """
+
+    obs_size: int
+    action_size: int
+    dt: float
+    horizon: float | None = None
+
+
+class Transition(eqx.Module):
+    """One environment step, or any batch of them with common leading axes.
+
+    - `action`: in [-1, 1], what the policy asked for.
+    - `reward`: the reward of the step (for a reward rate r, the integral of r over the step).
+    - `next_obs`: the observation the step led to, before any reset.
+    - `terminated`: the episode ended because the environment's state is final. A time limit is
+      never a termination: the state after it has a value like any other.
+    - `time`: seconds since the start of the episode when the step began.
+    - `dt`: the step's duration in seconds.
+    """
+
+    obs: Float[Array, "*batch obs"]
+    action: Float[Array, "*batch act"]
+    reward: Float[Array, "*batch"]
+    next_obs: Float[Array, "*batch obs"]
+    terminated: Bool[Array, "*batch"]
+    time: Float[Array, "*batch"]
+    dt: Float[Array, "*batch"]
