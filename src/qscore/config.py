@@ -14,12 +14,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 class Range:
     """A valid range, carried by a field's annotation: `Annotated[float, Range(0, 1)]`."""
 
-    low: float
-    high: float = math.inf
+    low: int | float
+    high: int | float = math.inf
     low_open: bool = False
     high_open: bool = False
 
-    def __contains__(self, value: float) -> bool:
+    def __contains__(self, value: int | float) -> bool:
         above = value > self.low if self.low_open else value >= self.low
         below = value < self.high if self.high_open else value <= self.high
         return above and below
@@ -65,8 +65,9 @@ def validate(config: Any) -> None:
 
 
 def _check(name: str, value: Any, hint: Any) -> None:
-    ranges = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)]
-    base = hint.__origin__ if ranges else hint
+    extras = getattr(hint, "__metadata__", ())
+    ranges = [extra for extra in extras if isinstance(extra, Range)]
+    base = hint.__origin__ if extras else hint
     if get_origin(base) is Literal:
         if value not in get_args(base):
             choices = ", ".join(repr(choice) for choice in get_args(base))

@@ -41,6 +41,9 @@ from qscore.types import Carry, Key, Spec
 
 T = TypeVar("T")
 
+PLOT_SECONDS = 15.0
+"""The learning curve is redrawn at evaluations, but not more often than this."""
+
 SATURATION_WARNING = 0.9
 """Share of saturated actions beyond which a run warns."""
 MAX_FRAME_RATE = 50
@@ -68,9 +71,6 @@ class Settings:
     """Newest checkpoints to keep, in [1, inf); they include the replay buffer."""
 
     def __post_init__(self):
-        if self.eval_every is None:
-            validate(dataclasses.replace(self, eval_every=1))
-            object.__setattr__(self, "eval_every", max(1, self.steps // 20))
         validate(self)
 
     @property
@@ -147,10 +147,10 @@ def train(
     environment: str | Environment,
     *,
     steps: int = Settings.steps,
-    seeds: int = 1,
-    seed_start: int = 0,
+    seeds: int = Settings.seeds,
+    seed_start: int = Settings.seed_start,
     out: str | os.PathLike | None = None,
-    eval_every: int | None = None,
+    eval_every: int | None = Settings.eval_every,
     eval_episodes: int = Settings.eval_episodes,
     log_every: int = Settings.log_every,
     keep_checkpoints: int = Settings.keep_checkpoints,
@@ -170,14 +170,13 @@ def train(
         )
     )
     rows = environment.num_envs
+    if settings.eval_every is None:
+        twentieth = max(1, steps // (20 * rows)) * rows
+        settings = dataclasses.replace(settings, eval_every=twentieth)
     for name in ("steps", "eval_every", "log_every"):
         if getattr(settings, name) % rows:
-            if name == "eval_every" and eval_every is None:
-                rounded = -(-settings.eval_every // rows) * rows  # pyright: ignore[reportOptionalOperand]
-                settings = dataclasses.replace(settings, eval_every=rounded)
-                continue
             raise UsageError(
-                f"`{name}` must be a multiple of `environment.num_envs` ({rows}), "
+                f"`{name}` must be a multiple of `environment.num_envs`, {rows}; "
                 f"got {getattr(settings, name)}."
             )
     if out is None:
@@ -333,6 +332,7 @@ class _Loop:
         self.seconds = 0.0  # of training, over every sitting
         self.log: RunLog | None = None
         self.saturation_warned = False
+        self.plotted = -math.inf
         try:
             self.sessions = [
                 Session(
@@ -401,7 +401,7 @@ class _Loop:
     def _loop(self, pool: ThreadPoolExecutor, interrupted: Callable[[], bool]) -> None:
         settings = self.run.settings
         eval_every = settings.eval_every
-        assert eval_every is not None  # Settings fills it
+        assert eval_every is not None  # `train` fills it
         if self.log is None:
             self.log = RunLog(self.run.folder)
             self._checkpoint()
@@ -467,7 +467,9 @@ class _Loop:
                 }
             )
         self.bar.note("return " + " ".join(f"{np.mean(returns):.0f}" for returns, _ in results))
-        plot_run(self.run)
+        if time.monotonic() - self.plotted > PLOT_SECONDS or self.env_steps == self.run.settings.steps:
+            plot_run(self.run)
+            self.plotted = time.monotonic()
 
     def _checkpoint(self) -> None:
         assert self.log is not None

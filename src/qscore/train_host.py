@@ -367,6 +367,19 @@ class Session:
         self.carry = _reset_rows(self.carry, self._explore.init_carry(), row)
         return False
 
+    def empty_block(self) -> Transition:
+        """`chunk` rows of zeros in host memory; only their nominal dt is filled in."""
+        block, spec = self.chunk, self.spec
+        return Transition(
+            obs=np.zeros((block, spec.obs_size), np.float32),
+            action=np.zeros((block, spec.action_size), np.float32),
+            reward=np.zeros(block, np.float32),
+            next_obs=np.zeros((block, spec.obs_size), np.float32),
+            terminated=np.zeros(block, bool),
+            time=np.zeros(block, np.float32),
+            dt=np.full(block, spec.dt, np.float32),
+        )
+
     def _actions(self, read: list[jax.Array]) -> np.ndarray:
         if self.env_steps < self.algorithm.warmup_steps:
             uniform = _compiled_uniform(len(self.tasks), self.spec.action_size)
@@ -378,16 +391,7 @@ class Session:
 
     def _collect(self, count: int) -> Transition:
         """`count` transitions, in a block of `chunk` rows."""
-        block, spec = self.chunk, self.spec
-        rows = Transition(
-            obs=np.zeros((block, spec.obs_size), np.float32),
-            action=np.zeros((block, spec.action_size), np.float32),
-            reward=np.zeros(block, np.float32),
-            next_obs=np.zeros((block, spec.obs_size), np.float32),
-            terminated=np.zeros(block, bool),
-            time=np.zeros(block, np.float32),
-            dt=np.full(block, spec.dt, np.float32),
-        )
+        spec, rows = self.spec, self.empty_block()
         read = self._explore.read(self.runner.agent)
         for start in range(0, count, len(self.tasks)):
             actions = self._actions(read)

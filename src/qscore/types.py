@@ -4,10 +4,14 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import equinox as eqx
+import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 Key: TypeAlias = PRNGKeyArray
 """A typed JAX random key, as made by `jax.random.key`."""
+
+AnyArray: TypeAlias = Array | np.ndarray
+"""On the device or in host memory."""
 
 Metrics: TypeAlias = dict[str, Float[Array, ""]]
 """Named scalars that an update reports."""
@@ -47,10 +51,10 @@ class Transition(eqx.Module):
     - `dt`: the step's duration in seconds.
     """
 
-    obs: Float[Array, "*batch obs"]
-    action: Float[Array, "*batch act"]
-    reward: Float[Array, "*batch"]
-    next_obs: Float[Array, "*batch obs"]
-    terminated: Bool[Array, "*batch"]
-    time: Float[Array, "*batch"]
-    dt: Float[Array, "*batch"]
+    obs: Float[AnyArray, "*batch obs"]
+    action: Float[AnyArray, "*batch act"]
+    reward: Float[AnyArray, "*batch"]
+    next_obs: Float[AnyArray, "*batch obs"]
+    terminated: Bool[AnyArray, "*batch"]
+    time: Float[AnyArray, "*batch"]
+    dt: Float[AnyArray, "*batch"]

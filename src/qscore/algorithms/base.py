@@ -1,12 +1,13 @@
 """What every algorithm is: a frozen bundle of hyperparameters with four pure methods."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
 from qscore.types import Carry, Key, Metrics, Spec, State, Transition
 
 
+@runtime_checkable
 class Algorithm(Protocol):
     """The contract of `algorithms/`: loops know this and nothing else.
 

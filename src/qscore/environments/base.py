@@ -1,6 +1,6 @@
 """What every environment is to the loops, and the errors environments raise."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,6 +23,7 @@ class Step(NamedTuple):
     truncated: bool
 
 
+@runtime_checkable
 class Episodic(Protocol):
     """One running environment: an episode begins with a seed, and actions lie in [-1, 1].
 
@@ -39,6 +40,7 @@ class Episodic(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
 class Environment(Protocol):
     """A frozen, JSON-able description of an environment, as the command line makes it."""
 

@@ -6,15 +6,21 @@ restored anywhere from its seed and its actions.
 """
 
 import contextlib
+import ctypes.util
 import difflib
 import importlib.util
 import io
+import logging
+import os
+import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import gymnasium as gym
 import numpy as np
+import tyro
 
 from qscore.config import Range, validate
 from qscore.environments.base import EnvironmentFailure, Step
@@ -27,7 +33,7 @@ MAX_CLOSEST = 3
 class Host:
     """A Gymnasium or dm_control task with Box observations and actions."""
 
-    id: str
+    id: tyro.conf.Suppress[str]  # positional on the command line
     """Gymnasium id, such as `HalfCheetah-v5`, or `dm_control/<domain>-<task>-v0`."""
     num_envs: Annotated[int, Range(1, 4096)] = 1
     """Copies that collect experience side by side, in [1, 4096]."""
@@ -139,8 +145,7 @@ def _make(id: str, **kwargs: Any) -> gym.Env:
                     "(or `uv sync --extra dmc`)."
                 )
         _register_dm_control()
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
+    with _quiet():
         try:
             return gym.make(id, **kwargs)
         except gym.error.Error as error:
@@ -158,11 +163,32 @@ def _make(id: str, **kwargs: Any) -> gym.Env:
             ) from error
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what importing and making tasks says: missing displays, deprecated model fields."""
+    absl, level = logging.getLogger("absl"), logging.getLogger("absl").level
+    # imported late: it picks its renderer at import, and without a screen the usual one fails
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        for renderer, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
+            if ctypes.util.find_library(library):
+                os.environ.setdefault("MUJOCO_GL", renderer)
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    import mujoco
+
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        absl.setLevel(logging.ERROR)
+        mujoco.set_mju_user_warning(lambda message: None)  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            yield
+        finally:
+            mujoco.set_mju_user_warning(None)  # pyright: ignore[reportAttributeAccessIssue]
+            absl.setLevel(level)
+
+
 def _register_dm_control() -> None:
     if importlib.util.find_spec("shimmy") and importlib.util.find_spec("dm_control"):
-        # dm_control's import warns of a missing display and prints model deprecations
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with _quiet():
             import shimmy
 
             gym.register_envs(shimmy)
@@ -206,7 +232,7 @@ def _set_dt(
     is_dm_control = config.id.startswith("dm_control/")
     if is_dm_control:
         physics_step = float(task._env.physics.timestep())
-    elif isinstance(task, gym.envs.mujoco.MujocoEnv):
+    elif hasattr(task, "frame_skip") and hasattr(task, "model"):  # Gymnasium's MuJoCo tasks
         physics_step = float(task.model.opt.timestep)
     else:
         raise ValueError(

@@ -1,0 +1,301 @@
+"""The command line: tyro over the dataclasses that the library itself is made of.
+
+Exit codes: 0 done, 1 stopped (the environment failed, the disk is full), 2 bad usage or
+configuration, 3 training diverged, 130 interrupted. Every failure is one message on stderr.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+from qscore import bench
+from qscore import run as runs
+from qscore.algorithms import ALGORITHMS
+from qscore.environments import ENVIRONMENTS, environment_class
+from qscore.environments.host import known_ids
+from qscore.errors import Interrupted, RunStopped, TrainingDiverged, UsageError
+from qscore.plots import plot_returns, read_evals
+from qscore.run import Settings
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Continue a run from its newest intact checkpoint, bit for bit."""
+
+    run: tyro.conf.Positional[Path]
+    """The run folder."""
+    steps: int | None = None
+    """Environment steps of each seed in all, at least those already done; None is the run's own."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Evaluate every seed of a run at its newest checkpoint: no exploration, fixed starts."""
+
+    run: tyro.conf.Positional[Path]
+    """The run folder."""
+    episodes: int = Settings.eval_episodes
+    """Episodes per trained seed, in [1, inf)."""
+    seed: int = 0
+    """Which set of episode starts, in [0, inf); training evaluates on 0."""
+    best_of: int = 1
+    """Also act with the best of N sampled actions by the critic, in [1, inf); reported beside."""
+    video: Path | None = None
+    """Film the first seed's first episode into this .mp4 or .gif file."""
+    json: bool = False
+    """Print one JSON value on stdout."""
+
+
+@dataclass(frozen=True)
+class List:
+    """Name the algorithms and environments there are."""
+
+    what: tyro.conf.Positional[Literal["all", "algorithms", "environments"]] = "all"
+    """Which of the two."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draw the evaluations of runs into one figure."""
+
+    run: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders."""
+    out: Path
+    """The figure to write, such as returns.png."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure updates, acting and the whole loop on the cores this process may use."""
+
+    algorithm: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Algorithms; none is all of them."""
+    environment: str = "HalfCheetah-v5"
+    """Where the whole loop is measured."""
+    json: bool = False
+    """Print one JSON value on stdout."""
+
+
+USAGE = """usage: qscore COMMAND ...
+
+  train ALGORITHM ENVIRONMENT   train into a run folder      qscore train qsm Pendulum-v1 --steps 15000
+  resume RUN                    continue a run, bit for bit
+  eval RUN                      evaluate a run, film it      qscore eval runs/... --video policy.mp4
+  list                          the algorithms and environments
+  plot RUN... --out FILE        learning curves of runs
+  bench                         speed on this machine
+
+`qscore COMMAND --help` explains every option; for train, name the algorithm and environment first.
+"""
+
+
+def main(args: list[str] | None = None) -> None:
+    """The console script. Exits with the codes above."""
+    try:
+        _dispatch(sys.argv[1:] if args is None else args)
+    except UsageError as error:
+        _fail(2, error)
+    except TrainingDiverged as error:
+        _fail(3, error)
+    except Interrupted as error:
+        _fail(130, error)
+    except RunStopped as error:
+        _fail(1, error)
+    except KeyboardInterrupt:
+        _fail(130, "interrupted")
+    except BrokenPipeError:
+        sys.exit(1)  # the reader of our stdout went away
+
+
+def _dispatch(args: list[str]) -> None:
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        if not args:
+            sys.exit(2)
+        return
+    command, rest = args[0], args[1:]
+    if command == "--version":
+        print(version("qscore"))
+    elif command == "train":
+        _train(rest)
+    elif command in SIMPLE:
+        request, carry_out = SIMPLE[command]
+        carry_out(_parse(request, f"qscore {command}", rest))
+    else:
+        raise UsageError(unknown("command", command, ["train", *SIMPLE]))
+
+
+def _parse(request: type[T], prog: str, args: list[str], **kwargs: Any) -> T:
+    """tyro, with its box of an error message folded into one line."""
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return tyro.cli(request, prog=prog, args=args, config=CONFIG, **kwargs)
+    except SystemExit as error:
+        if error.code in (0, None):
+            raise
+    lines = [line.strip("│╭╮╰╯─ ") for line in captured.getvalue().splitlines()[1:]]
+    message = list(itertools.takewhile(bool, lines))
+    if "Perhaps you meant:" in lines:
+        message.append("(closest: " + lines[lines.index("Perhaps you meant:") + 1] + ")")
+    raise UsageError(f"{' '.join(message)} -- see {prog} --help")
+
+
+CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands)
+
+
+def unknown(kind: str, name: str, known: list[str]) -> str:
+    """The message for a name that is none of the known ones."""
+    closest = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    hint = f"; the closest is {closest[0]!r}" if closest else ""
+    return f"unknown {kind} {name!r}{hint}. Known: {', '.join(sorted(known))}."
+
+
+def _train(args: list[str]) -> None:
+    if args and args[0] in ("-h", "--help"):
+        print(
+            "usage: qscore train ALGORITHM ENVIRONMENT [options]\n\n"
+            f"ALGORITHM    one of {', '.join(ALGORITHMS)}\n"
+            "ENVIRONMENT  a Gymnasium id (Pendulum-v1), a dm_control id\n"
+            "             (dm_control/cartpole-swingup-v0); see `qscore list environments`\n\n"
+            "`qscore train qsm Pendulum-v1 --help` explains the options of that pair."
+        )
+        return
+    if len(args) < 2 or args[0].startswith("-") or args[1].startswith("-"):
+        raise UsageError(
+            "`qscore train` needs an algorithm and an environment first: "
+            "qscore train qsm Pendulum-v1 [options]"
+        )
+    name, task, rest = args[0], args[1], args[2:]
+    if name not in ALGORITHMS:
+        raise UsageError(unknown("algorithm", name, list(ALGORITHMS)))
+    kind, environment = ALGORITHMS[name], environment_class(task)
+    try:
+        default = kind(**_preset(rest))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    fields = [
+        ("settings", tyro.conf.OmitArgPrefixes[Settings], Settings()),
+        ("out", Path | None, None),
+        ("algorithm", kind, default),
+        ("environment", environment, environment(id=task)),
+    ]
+    request = dataclasses.make_dataclass("Train", fields)
+    request.__doc__ = f"""Train {name} on {task}.
+
+    Args:
+        out: Run folder to make; None is runs/ALGORITHM-ENVIRONMENT-DATE.
+    """
+    asked: Any = _parse(request, f"qscore train {name} {task}", rest)
+    settings = dataclasses.asdict(asked.settings)
+    _conclude(runs.train(asked.algorithm, asked.environment, out=asked.out, **settings))
+
+
+def _preset(args: list[str]) -> dict[str, str]:
+    """The preset among the flags: it decides the defaults that the others override."""
+    for i, arg in enumerate(args):
+        flag, _, value = arg.partition("=")
+        if flag == "--algorithm.preset":
+            return {"preset": value or "".join(args[i + 1 : i + 2])}
+    return {}
+
+
+def _conclude(run: runs.Run) -> None:
+    summary = run.summary
+    per_seed = ", ".join(f"{value:.1f}" for value in summary["final_returns"])
+    low, high = summary["ci95"]
+    print(
+        f"final return per seed  {per_seed}\n"
+        f"interquartile mean     {summary['iqm']:.1f}  (95% over {summary['ci95_over']} "
+        f"{low:.1f} to {high:.1f})\n"
+        f"speed                  {summary['env_steps_per_second']:.0f} environment steps/s, "
+        f"{summary['updates_per_second']:.0f} updates/s\n"
+        f"summary                {run.folder / 'summary.json'}\n"
+        f"learning curve         {run.folder / 'plots' / 'returns.png'}\n"
+        f"watch the policy       qscore eval {run.folder} --video {run.folder}/policy.mp4",
+        file=sys.stderr,
+    )
+
+
+def _resume(asked: Resume) -> None:
+    _conclude(runs.resume(asked.run, steps=asked.steps))
+
+
+def _eval(asked: Eval) -> None:
+    result = runs.evaluate(
+        asked.run,
+        episodes=asked.episodes,
+        seed=asked.seed,
+        best_of=asked.best_of,
+        video=asked.video,
+    )
+    if asked.json:
+        print(json.dumps(result))
+        return
+    low, high = result["ci95"]
+    print(f"{result['episodes']} episodes of each of seeds {result['seeds']}")
+    print(f"mean                {result['mean']:.1f}")
+    print(f"interquartile mean  {result['iqm']:.1f}")
+    print(f"95% interval        {low:.1f} to {high:.1f} (over {result['ci95_over']})")
+    if "returns_best_of" in result:
+        best = result["returns_best_of"]
+        print(f"best of {result['best_of']:<12}mean {sum(best) / len(best):.1f}")
+    if asked.video:
+        print(f"video               {asked.video}")
+
+
+def _list(asked: List) -> None:
+    if asked.what != "environments":
+        print("algorithms:")
+        for name, kind in ALGORITHMS.items():
+            print(f"  {name:<14}{(kind.__doc__ or '').splitlines()[0]}")
+    if asked.what != "algorithms":
+        print("environments:")
+        for name in [*ENVIRONMENTS, *known_ids()]:
+            print(f"  {name}")
+
+
+def _plot(asked: Plot) -> None:
+    labels = {str(folder): read_evals(runs.Run.open(folder).folder) for folder in asked.run}
+    try:
+        plot_returns(labels, asked.out)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot plot to {asked.out}: {error}.") from error
+    print(asked.out)
+
+
+def _bench(asked: Bench) -> None:
+    for name in asked.algorithm:
+        if name not in ALGORITHMS:
+            raise UsageError(unknown("algorithm", name, list(ALGORITHMS)))
+    rows = [
+        bench.measure(name, asked.environment) for name in asked.algorithm or tuple(ALGORITHMS)
+    ]
+    print(json.dumps(rows) if asked.json else bench.table(rows))
+
+
+SIMPLE: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "resume": (Resume, _resume),
+    "eval": (Eval, _eval),
+    "list": (List, _list),
+    "plot": (Plot, _plot),
+    "bench": (Bench, _bench),
+}
+
+
+def _fail(code: int, error: object) -> None:
+    print(f"qscore: {error}", file=sys.stderr)
+    sys.exit(code)

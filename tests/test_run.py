@@ -1,0 +1,367 @@
+"""A run folder: what it holds, and that it survives kills, flips, full disks and bad environments."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import jax.random as jr
+import numpy as np
+import pytest
+
+import qscore as qs
+from qscore import checkpoint, train_host
+from qscore import run as runs
+from qscore.plots import read_evals
+
+SMALL = {"hidden": (16, 16), "batch_size": 16, "warmup_steps": 60}
+TASKS = ["Pendulum-v1", "InvertedPendulum-v5"]
+
+
+class Brittle(gym.Env):
+    """A one-dimensional task that misbehaves at step `at` of its third episode."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = gym.spaces.Box(-3.0, 1.0, (1,), np.float32)
+    failure = "raise"
+    at = 10
+
+    def __init__(self):
+        self.episode = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.t = self.episode + 1, 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        obs = np.full(2, self.t, np.float32)
+        reward = 0.0
+        if self.episode == 3 and self.t == self.at:
+            if self.failure == "raise":
+                raise RuntimeError("the gripper fell off")
+            if self.failure == "nan":
+                obs[1] = np.nan
+            if self.failure == "reward":
+                reward = float("inf")
+            if self.failure == "huge":
+                reward = 1e38
+        return obs, reward, False, False, {}
+
+
+@pytest.fixture
+def brittle(request):
+    gym.register(
+        "Brittle-v0",
+        lambda: type("Task", (Brittle,), {"failure": request.param})(),
+        max_episode_steps=40,
+        disable_env_checker=True,
+    )
+    yield "Brittle-v0"
+    del gym.registry["Brittle-v0"]
+
+
+class Killed(BaseException):
+    """Stands for a process that is gone: nothing in the library catches it."""
+
+
+def small_run(out, *, task="Pendulum-v1", steps=300, **kwargs):
+    arguments = {"eval_every": 100, "eval_episodes": 2, "log_every": 50, "progress": False}
+    return qs.train(qs.QSM(**SMALL), task, steps=steps, out=out, **(arguments | kwargs))
+
+
+def lines(folder: Path, stream: str) -> list[dict]:
+    """A stream's lines without the wall clock, the one thing that no run repeats."""
+    rows = [json.loads(line) for line in (folder / f"{stream}.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def arrays(folder: Path) -> dict[str, bytes]:
+    newest = folder / "checkpoints" / str(checkpoint.steps(folder / "checkpoints")[-1])
+    return {path.name: path.read_bytes() for path in sorted(newest.glob("*.npz"))}
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    assert lines(one, "evals") == lines(two, "evals")
+    assert lines(one, "metrics") == lines(two, "metrics")
+    assert arrays(one) == arrays(two)  # parameters, optimisers, replay, counters: byte for byte
+
+
+def test_run_folder_holds_what_the_contract_says(tmp_path):
+    run = small_run(tmp_path / "run", seeds=2, seed_start=3)
+    folder = run.folder
+    for name in ("config.json", "metrics.jsonl", "evals.jsonl", "summary.json"):
+        assert (folder / name).is_file()
+    assert (folder / "plots" / "returns.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "tensorboard").iterdir())
+    assert checkpoint.steps(folder / "checkpoints") == [200, 300]
+
+    evals = lines(folder, "evals")
+    assert [(row["env_steps"], row["seed"]) for row in evals] == [
+        (step, seed) for step in (100, 200, 300) for seed in (3, 4)
+    ]
+    assert all(row["lengths"] == [200, 200] for row in evals)
+    metrics = lines(folder, "metrics")
+    assert {"seed", "env_steps", "updates"} <= set(metrics[0])
+    assert metrics[-1]["updates"] == 300 - SMALL["warmup_steps"]
+    assert {"critic_loss", "actor_loss", "action_saturation"} <= set(metrics[-1])
+
+    summary = run.summary
+    assert summary["algorithm"] == "qsm" and summary["environment"] == "Pendulum-v1"
+    assert summary["seeds"] == [3, 4] and summary["env_steps"] == 300
+    last = read_evals(folder)
+    assert summary["final_returns"] == [float(np.mean(last[seed][300])) for seed in (3, 4)]
+    assert summary["ci95"][0] <= summary["iqm"] <= summary["ci95"][1]
+    assert summary["env_steps_per_second"] > 0 and summary["updates_per_second"] > 0
+
+
+def test_a_seed_is_the_same_alone_and_in_company(tmp_path):
+    small_run(tmp_path / "both", seeds=2)
+    small_run(tmp_path / "alone", seed_start=1)
+    both, alone = arrays(tmp_path / "both"), arrays(tmp_path / "alone")
+    assert both["seed-1.npz"] == alone["seed-1.npz"]
+    assert both["seed-0.npz"] != both["seed-1.npz"]
+
+
+def test_evaluation_after_training_repeats_the_last_one(tmp_path):
+    run = small_run(tmp_path / "run")
+    result = qs.evaluate(run.folder, episodes=2)
+    assert result["returns"] == lines(run.folder, "evals")[-1]["returns"]
+    assert result["episodes"] == 2 and result["seed"] == 0
+    other = qs.evaluate(run.folder, episodes=2, seed=1)
+    assert other["returns"] != result["returns"]
+
+
+def test_best_of_is_reported_beside_the_plain_figure(tmp_path):
+    run = small_run(tmp_path / "run")
+    result = qs.evaluate(run.folder, episodes=2, best_of=4)
+    assert result["returns"] == qs.evaluate(run.folder, episodes=2)["returns"]
+    assert result["best_of"] == 4 and len(result["returns_best_of"]) == 2
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("moment", ["anywhere", "while writing a checkpoint"])
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, monkeypatch, task, moment):
+    whole = small_run(tmp_path / "whole", task=task, seeds=2).folder
+    folder = tmp_path / "killed"
+    advance, rename = train_host.Session.advance, Path.rename
+
+    def die_at(step):
+        def dying_advance(session, until):
+            if session.env_steps >= step:
+                raise Killed
+            advance(session, until)
+
+        def dying_rename(path, target):
+            if int(path.name.removeprefix(".tmp-")) >= step:
+                raise Killed
+            return rename(path, target)
+
+        if moment == "anywhere":
+            monkeypatch.setattr(train_host.Session, "advance", dying_advance)
+        else:
+            monkeypatch.setattr(Path, "rename", dying_rename)
+
+    deaths = [40, 90, 150, 201, 250] if moment == "anywhere" else [1, 150, 300]
+    for i, step in enumerate(deaths):
+        die_at(step)
+        with pytest.raises(Killed):
+            if i == 0:
+                small_run(folder, task=task, seeds=2)
+            else:
+                qs.resume(folder, progress=False)
+        monkeypatch.undo()
+    run = qs.resume(folder, progress=False)
+    assert_same_run(whole, folder)
+    assert run.summary["final_returns"] == qs.Run.open(whole).summary["final_returns"]
+
+
+@pytest.mark.slow
+def test_a_process_killed_by_the_system_resumes_bit_for_bit(tmp_path):
+    whole = small_run(tmp_path / "whole", steps=600, seeds=2).folder
+    folder = tmp_path / "killed"
+    fields = [f"--algorithm.{k}={v}" for k, v in SMALL.items() if k != "hidden"]
+    start = [
+        *("train", "qsm", "Pendulum-v1", "--steps=600", "--seeds=2", f"--out={folder}"),
+        *("--eval-every=100", "--eval-episodes=2", "--log-every=50", *fields),
+        *("--algorithm.hidden", "16", "16"),
+    ]
+    for arguments in (start, ["resume", str(folder)]):
+        before = len(lines(folder, "evals")) if folder.exists() else 0
+        process = subprocess.Popen([sys.executable, "-m", "qscore", *arguments])
+        while process.poll() is None:  # until it has written one more evaluation
+            time.sleep(0.02)
+            if (folder / "evals.jsonl").exists() and len(lines(folder, "evals")) > before:
+                process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    qs.resume(folder, progress=False)
+    assert_same_run(whole, folder)
+
+
+def test_an_interrupt_writes_a_checkpoint_and_the_run_goes_on_from_it(tmp_path, monkeypatch):
+    whole = small_run(tmp_path / "whole").folder
+    advance = train_host.Session.advance
+
+    def interrupting(session, until):
+        advance(session, until)
+        if session.env_steps == 150:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train_host.Session, "advance", interrupting)
+    with pytest.raises(qs.Interrupted, match=r"at 150 of 300 steps.*qscore resume .*cut"):
+        small_run(tmp_path / "cut")
+    monkeypatch.undo()
+    assert checkpoint.steps(tmp_path / "cut" / "checkpoints")[-1] == 150
+    qs.resume(tmp_path / "cut", progress=False)
+    assert_same_run(whole, tmp_path / "cut")
+
+
+def test_a_finished_run_can_be_extended(tmp_path):
+    longer = small_run(tmp_path / "longer", steps=300).folder
+    shorter = small_run(tmp_path / "shorter", steps=200).folder
+    qs.resume(shorter, steps=300, progress=False)
+    assert_same_run(longer, shorter)
+    with pytest.raises(qs.UsageError, match="`steps` is 100, but the run has already done 300"):
+        qs.resume(shorter, steps=100)
+
+
+def test_a_flipped_byte_is_named_and_the_checkpoint_before_is_used(tmp_path, capsys):
+    whole = small_run(tmp_path / "whole").folder
+    folder = small_run(tmp_path / "run").folder
+    victim = folder / "checkpoints" / "300" / "seed-0.npz"
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+
+    before = qs.evaluate(folder, episodes=2)
+    assert f"{victim} does not match its checksum" in capsys.readouterr().err
+    assert before["returns"] == lines(whole, "evals")[1]["returns"]
+    qs.resume(folder, progress=False)
+    assert f"{victim} does not match its checksum" in capsys.readouterr().err
+    assert_same_run(whole, folder)
+
+    for name in ("200", "300"):
+        (folder / "checkpoints" / name / "header.json").write_text("{}")
+    with pytest.raises(qs.RunStopped, match="no checkpoint in .* is intact"):
+        qs.resume(folder, progress=False)
+    with pytest.raises(qs.UsageError, match="no intact checkpoint"):
+        qs.evaluate(folder)
+
+
+def test_a_full_disk_loses_nothing_already_written(tmp_path, monkeypatch):
+    whole = small_run(tmp_path / "whole").folder
+    savez, calls = np.savez, []
+
+    def full(file, **kwargs):
+        calls.append(1)
+        if len(calls) > 2:  # the checkpoints at 0 and 100 fit
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        savez(file, **kwargs)
+
+    monkeypatch.setattr(np, "savez", full)
+    message = r"No space left on device.*last good checkpoint is .*checkpoints/100"
+    with pytest.raises(qs.RunStopped, match=message):
+        small_run(tmp_path / "run")
+    monkeypatch.undo()
+    folder = tmp_path / "run"
+    assert checkpoint.steps(folder / "checkpoints") == [0, 100]
+    assert not list((folder / "checkpoints").glob(".tmp*"))
+    qs.resume(folder, progress=False)
+    assert_same_run(whole, folder)
+
+
+FAILURES = {
+    "raise": (qs.RunStopped, "raised in step: RuntimeError: the gripper fell off"),
+    "nan": (qs.RunStopped, "non-finite components, the first at index 1"),
+    "reward": (qs.RunStopped, "returned the reward inf"),
+    "huge": (qs.TrainingDiverged, r"not finite: .*critic_loss.*\(seed 0, env step 1\d\d, updates"),
+}
+
+
+@pytest.mark.parametrize("brittle", FAILURES, indirect=True)
+def test_a_failing_environment_stops_the_run_and_the_checkpoint_stays(tmp_path, brittle, request):
+    kind, message = FAILURES[request.node.callspec.params["brittle"]]
+    with pytest.raises(kind, match=message) as caught:
+        small_run(tmp_path / "run", task=brittle, eval_every=60, eval_episodes=1)
+    assert f"last good checkpoint is {tmp_path / 'run' / 'checkpoints' / '60'}" in str(caught.value)
+    _, header = checkpoint.newest(tmp_path / "run" / "checkpoints", pytest.fail) or (None, None)
+    assert header is not None and header["env_steps"] == 60
+
+
+@pytest.mark.parametrize("brittle", ["none"], indirect=True)
+def test_time_limits_are_not_terminations_and_actions_are_scaled(tmp_path, brittle):
+    session = train_host.Session(
+        qs.QSM(**SMALL), qs.Host(brittle, num_envs=2), 0, steps=200, eval_episodes=1
+    )
+    while session.env_steps < 200:
+        session.advance(200)
+    data = session.runner.replay.data
+    obs, next_obs = np.asarray(data.obs), np.asarray(data.next_obs)
+    assert not np.asarray(data.terminated).any()
+    assert next_obs[:, 0].max() == 40  # the observation at the limit, not the one after the reset
+    assert np.array_equal(next_obs[:, 0], obs[:, 0] + 1)
+    assert np.asarray(data.time).max() == 39
+    session.close()
+
+
+def test_a_loaded_policy_acts_in_the_environments_units(tmp_path):
+    run = small_run(tmp_path / "run")
+    policy = qs.load(run.folder, seed=0)
+    obs = np.array([1.0, 0.0, 0.1])
+    action, _ = policy(obs, policy.init_carry(), key=jr.key(0))
+    assert isinstance(action, np.ndarray) and action.shape == (1,)
+    session = train_host.Session(
+        run.algorithm, run.environment, 0, steps=300, eval_episodes=1
+    )
+    shapes = {"agent": session.skeleton()["agent"]}
+    agent = checkpoint.load(folder := run.checkpoints / "300", 0, shapes)["agent"]
+    inner, _ = run.algorithm.act(agent, (), obs.astype(np.float32), key=jr.key(7), explore=False)
+    np.testing.assert_allclose(action, 2.0 * np.asarray(inner), rtol=1e-5)  # bounds are +-2
+    assert folder.is_dir()
+    with pytest.raises(ValueError, match=r"`obs` must have shape \(3,\), got \(4,\)"):
+        policy(np.zeros(4), policy.init_carry(), key=jr.key(0))
+    with pytest.raises(qs.UsageError, match="has no seed 5; it has 0"):
+        qs.load(run.folder, seed=5)
+    session.close()
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+def test_a_video_is_written(tmp_path, suffix):
+    run = small_run(tmp_path / "run")
+    film = tmp_path / f"film{suffix}"
+    qs.evaluate(run.folder, episodes=1, video=film)
+    assert film.stat().st_size > 10_000
+
+
+def test_a_config_describes_the_run_it_came_from(tmp_path):
+    run = small_run(tmp_path / "run")
+    assert qs.Run.open(run.folder) == run
+    config = json.loads((run.folder / "config.json").read_text())
+    assert config["algorithm"]["name"] == "qsm" and config["algorithm"]["batch_size"] == 16
+    assert config["versions"]["jax"]
+
+
+def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(qs.UsageError, match="exists and is not an empty folder"):
+        small_run(tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
+    with pytest.raises(qs.UsageError, match=r"`steps` must lie in \[1, inf\), got 0"):
+        small_run(tmp_path / "new", steps=0)
+    with pytest.raises(qs.UsageError, match="multiple of `environment.num_envs`, 7; got 300"):
+        small_run(tmp_path / "new", task=qs.Host("Pendulum-v1", num_envs=7))
+    with pytest.raises(qs.UsageError, match=r"unknown environment 'Pendulun-v1'. The closest"):
+        small_run(tmp_path / "new", task="Pendulun-v1")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(qs.UsageError, match="there is no such folder"):
+        qs.resume(tmp_path / "new")
+    with pytest.raises(qs.UsageError, match="it has no config.json"):
+        runs.Run.open(tmp_path)
