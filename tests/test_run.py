@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import gymnasium as gym
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
@@ -322,7 +323,7 @@ def test_a_loaded_policy_acts_in_the_environments_units(tmp_path):
     )
     shapes = {"agent": session.skeleton()["agent"]}
     agent = checkpoint.load(folder := run.checkpoints / "300", 0, shapes)["agent"]
-    inner, _ = run.algorithm.act(agent, (), obs.astype(np.float32), key=jr.key(7), explore=False)
+    inner, _ = run.algorithm.act(agent, (), jnp.asarray(obs, jnp.float32), key=jr.key(7), explore=False)
     np.testing.assert_allclose(action, 2.0 * np.asarray(inner), rtol=1e-5)  # bounds are +-2
     assert folder.is_dir()
     with pytest.raises(ValueError, match=r"`obs` must have shape \(3,\), got \(4,\)"):

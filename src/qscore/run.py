@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -561,10 +562,12 @@ def _film(run: Run, policy: Policy, agent: Any, seed: int, path: Path) -> None:
     rate = 1.0 / policy.spec.dt
     keep = max(1, math.ceil(rate / MAX_FRAME_RATE))  # frames beyond the eye's are left out
     path.parent.mkdir(parents=True, exist_ok=True)
+    kwargs: dict[str, Any] = {"fps": rate / keep, "macro_block_size": 2}
     if path.suffix == ".gif":
-        imageio.mimwrite(path, frames[::keep], duration=1000 * keep / rate, loop=0)  # pyright: ignore
-    else:
-        imageio.mimwrite(path, frames[::keep], fps=rate / keep, macro_block_size=2)  # pyright: ignore
+        kwargs = {"duration": 1000 * keep / rate, "loop": 0}
+    with warnings.catch_warnings():  # JAX's of the fork that starts ffmpeg: the child runs no JAX
+        warnings.simplefilter("ignore", RuntimeWarning)
+        imageio.mimwrite(path, frames[::keep], **kwargs)  # pyright: ignore[reportArgumentType]
 
 
 @contextmanager

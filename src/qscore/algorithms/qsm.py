@@ -28,8 +28,8 @@ Deviations of the default preset from the paper: (1) the target is "normalized",
 (2) the network predicts the clean action, and is regressed onto the clean action that eps* implies,
 clipped to the action box, which bounds the regression however large the gradient; (3) cosine
 schedule; (4) the chain inside the critic's target carries no noise (smoothing noise is added to its
-end), and neither does the chain at evaluation. `preset="official"` undoes all four and is the
-published algorithm as its released code computes it, in that code's order: critic, then actor with
+end), and neither does the chain at evaluation; (5) both of those run a running average of the
+actor. `preset="official"` undoes all five and is the published algorithm as its released code computes it, in that code's order: critic, then actor with
 the new critic.
 """
 
@@ -140,12 +140,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "target": "normalized",
         "prediction": "action",
         "schedule": "cosine",
-        "variance": "posterior",
+        "variance": "beta",
         "normalization": "batch",
         "clip": "clean",
         "target_chain_noise": 0.0,
         "eval_chain_noise": 0.0,
-        "average_rate": 1.0,
+        "average_rate": 0.005,
         "actor_decay_steps": None,
         "warmup_steps": 5_000,
     },
@@ -213,8 +213,6 @@ class QSM:
     average_rate: Annotated[float, Range(0, 1, low_open=True)] = preset_field()
     """Weight of the new parameters in the actor's running average, in (0, 1], per update. The
     average makes the critic's next action and acts when not exploring; 1 is no averaging."""
-    project: bool = False
-    """x"""
     actor_lr: Annotated[float, Range(0, low_open=True)] = 3e-4
     """Adam's step size for the actor, in (0, inf)."""
     critic_lr: Annotated[float, Range(0, low_open=True)] = 3e-4
@@ -393,7 +391,7 @@ class QSM:
             batch.action, level, noise
         )
 
-        gradient = jax.vmap(jax.grad(mean_q, argnums=2), (None, 0, 0))(critics, batch.obs, jnp.clip(noised, -1.0, 1.0) if self.project else noised)
+        gradient = jax.vmap(jax.grad(mean_q, argnums=2), (None, 0, 0))(critics, batch.obs, noised)
         batch_scale = jnp.mean(jnp.abs(gradient))
         rate = jnp.where(updates == 0, 1.0, 0.005)
         running_scale = gradient_scale + rate * (batch_scale - gradient_scale)

@@ -59,7 +59,7 @@ class HostTask:
 
     def __init__(self, config: Host, render_mode: str | None):
         self.name = config.id
-        env = _make(config.id, render_mode=render_mode)
+        env = _make(config.id, render_mode)
         limit = _time_limit(env)
         native_dt = _native_dt(env)
         self._reward_scale = 1.0
@@ -136,7 +136,9 @@ def known_ids() -> list[str]:
     return sorted(id for _, id in newest.values())
 
 
-def _make(id: str, **kwargs: Any) -> gym.Env:
+def _make(id: str, render_mode: str | None, **kwargs: Any) -> gym.Env:
+    if render_mode is not None:  # not every task takes the argument
+        kwargs["render_mode"] = render_mode
     if id.startswith("dm_control/"):
         for module in ("dm_control", "shimmy"):
             if importlib.util.find_spec(module) is None:
@@ -161,6 +163,8 @@ def _make(id: str, **kwargs: Any) -> gym.Env:
                 f"{id!r} needs a package that is not installed: {error}. "
                 "Install it, for example: pip install 'gymnasium[all]'."
             ) from error
+        except Exception as error:
+            raise ValueError(f"cannot make {id!r}: {type(error).__name__}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -248,8 +252,8 @@ def _set_dt(
     env.close()
     if is_dm_control:  # its time limit is in seconds and follows
         kwargs = {"environment_kwargs": {"control_timestep": substeps * physics_step}}
-        return _make(config.id, render_mode=render_mode, **kwargs)
+        return _make(config.id, render_mode, **kwargs)
     steps = None if limit is None else round(limit * native_dt / (substeps * physics_step))
-    env = _make(config.id, render_mode=render_mode, max_episode_steps=steps)
+    env = _make(config.id, render_mode, max_episode_steps=steps)
     env.unwrapped.frame_skip = substeps  # pyright: ignore[reportAttributeAccessIssue]
     return env
