@@ -1,4 +1,4 @@
-"""A run folder: what it holds, and that it survives kills, flips, full disks and bad environments."""
+"""A run folder: what it holds, and that it survives kills, flips, full disks, bad tasks."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ import pytest
 
 import qscore as qs
 from qscore import checkpoint, train_host
-from qscore import run as runs
+from qscore.folder import Run
 from qscore.plots import read_evals
 
 SMALL = {"hidden": (16, 16), "batch_size": 16, "warmup_steps": 60}
@@ -60,7 +60,7 @@ class Brittle(gym.Env):
 def brittle(request):
     gym.register(
         "Brittle-v0",
-        lambda: type("Task", (Brittle,), {"failure": request.param})(),
+        lambda **_: type("Task", (Brittle,), {"failure": request.param})(),
         max_episode_steps=40,
         disable_env_checker=True,
     )
@@ -72,7 +72,7 @@ class Killed(BaseException):
     """Stands for a process that is gone: nothing in the library catches it."""
 
 
-def small_run(out, *, task="Pendulum-v1", steps=300, **kwargs):
+def small_run(out, *, task: str | qs.Host = "Pendulum-v1", steps=300, **kwargs):
     arguments = {"eval_every": 100, "eval_episodes": 2, "log_every": 50, "progress": False}
     return qs.train(qs.QSM(**SMALL), task, steps=steps, out=out, **(arguments | kwargs))
 
@@ -318,12 +318,12 @@ def test_a_loaded_policy_acts_in_the_environments_units(tmp_path):
     obs = np.array([1.0, 0.0, 0.1])
     action, _ = policy(obs, policy.init_carry(), key=jr.key(0))
     assert isinstance(action, np.ndarray) and action.shape == (1,)
-    session = train_host.Session(
-        run.algorithm, run.environment, 0, steps=300, eval_episodes=1
-    )
+    session = train_host.Session(run.algorithm, run.environment, 0, steps=300, eval_episodes=1)
     shapes = {"agent": session.skeleton()["agent"]}
     agent = checkpoint.load(folder := run.checkpoints / "300", 0, shapes)["agent"]
-    inner, _ = run.algorithm.act(agent, (), jnp.asarray(obs, jnp.float32), key=jr.key(7), explore=False)
+    inner, _ = run.algorithm.act(
+        agent, (), jnp.asarray(obs, jnp.float32), key=jr.key(7), explore=False
+    )
     np.testing.assert_allclose(action, 2.0 * np.asarray(inner), rtol=1e-5)  # bounds are +-2
     assert folder.is_dir()
     with pytest.raises(ValueError, match=r"`obs` must have shape \(3,\), got \(4,\)"):
@@ -365,4 +365,4 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(qs.UsageError, match="there is no such folder"):
         qs.resume(tmp_path / "new")
     with pytest.raises(qs.UsageError, match="it has no config.json"):
-        runs.Run.open(tmp_path)
+        Run.open(tmp_path)

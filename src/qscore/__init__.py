@@ -10,10 +10,10 @@ from qscore.errors import Interrupted as Interrupted
 from qscore.errors import RunStopped as RunStopped
 from qscore.errors import TrainingDiverged as TrainingDiverged
 from qscore.errors import UsageError as UsageError
-from qscore.run import Run as Run
-from qscore.run import Settings as Settings
-from qscore.run import evaluate as evaluate
-from qscore.run import load as load
+from qscore.folder import Run as Run
+from qscore.folder import Settings as Settings
+from qscore.playback import evaluate as evaluate
+from qscore.playback import load as load
 from qscore.run import resume as resume
 from qscore.run import train as train
 from qscore.types import Spec as Spec

@@ -1,7 +1,7 @@
 """What `qscore bench` measures, each figure the median of several repeats in one process.
 
-Networks (256, 256) and batch 256 unless an algorithm's defaults say otherwise. The whole loop is the
-training loop itself (collecting, replay, updates), without evaluation and files.
+Networks (256, 256) and batch 256, the algorithms' defaults. The whole loop is the training loop
+itself (collecting, replay, updates), without evaluation and files.
 """
 
 import resource

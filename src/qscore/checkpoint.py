@@ -1,6 +1,6 @@
 """Checkpoints: a JSON header and arrays without pickle, checked on reading, replaced as a whole.
 
-    checkpoints/<env_steps>/header.json     counters, configuration, the size and SHA-256 of each file
+    checkpoints/<env_steps>/header.json     counters, the size and SHA-256 of each file
     checkpoints/<env_steps>/seed-<s>.npz    the arrays of one seed, one entry per leaf
 
 A checkpoint is written to a temporary folder, flushed to the disk and renamed, so whatever moment
@@ -94,7 +94,9 @@ def read_header(checkpoint: Path) -> dict[str, Any]:
     if not intact:
         raise CorruptCheckpoint(f"{path} does not match its checksum")
     if header["format"] != FORMAT:
-        raise CorruptCheckpoint(f"{path} has format {header['format']}; this version reads {FORMAT}")
+        raise CorruptCheckpoint(
+            f"{path} has format {header['format']}; this version reads {FORMAT}"
+        )
     for name, entry in header["files"].items():
         file = checkpoint / name
         if not file.is_file():
@@ -118,7 +120,8 @@ def load(checkpoint: Path, seed: int, skeleton: Any) -> Any:
     """The arrays of one seed, as a tree of `skeleton`'s structure.
 
     Only the leaves that the skeleton has are read; shape and type are compared where it holds a
-    `jax.ShapeDtypeStruct`, and free elsewhere (the replay's rows). Raises `CorruptCheckpoint` naming the leaf that is missing or differs.
+    `jax.ShapeDtypeStruct`, and free elsewhere (the replay's rows). Raises `CorruptCheckpoint`
+    naming the leaf that is missing or differs.
     """
     path = checkpoint / f"seed-{seed}.npz"
     leaves, treedef = jax.tree_util.tree_flatten_with_path(skeleton)

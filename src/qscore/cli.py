@@ -19,14 +19,13 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
-from qscore import bench
-from qscore import run as runs
+from qscore import bench, playback, run
 from qscore.algorithms import ALGORITHMS
 from qscore.environments import ENVIRONMENTS, environment_class
 from qscore.environments.host import known_ids
 from qscore.errors import Interrupted, RunStopped, TrainingDiverged, UsageError
+from qscore.folder import Run, Settings
 from qscore.plots import plot_returns, read_evals
-from qscore.run import Settings
 
 T = TypeVar("T")
 
@@ -91,9 +90,9 @@ class Bench:
 
 USAGE = """usage: qscore COMMAND ...
 
-  train ALGORITHM ENVIRONMENT   train into a run folder      qscore train qsm Pendulum-v1 --steps 15000
+  train ALGORITHM ENVIRONMENT   train: qscore train qsm Pendulum-v1 --steps 15000 --out runs/first
   resume RUN                    continue a run, bit for bit
-  eval RUN                      evaluate a run, film it      qscore eval runs/... --video policy.mp4
+  eval RUN                      evaluate, film: qscore eval runs/first --video policy.mp4
   list                          the algorithms and environments
   plot RUN... --out FILE        learning curves of runs
   bench                         speed on this machine
@@ -201,7 +200,7 @@ def _train(args: list[str]) -> None:
     """
     asked: Any = _parse(request, f"qscore train {name} {task}", rest)
     settings = dataclasses.asdict(asked.settings)
-    _conclude(runs.train(asked.algorithm, asked.environment, out=asked.out, **settings))
+    _conclude(run.train(asked.algorithm, asked.environment, out=asked.out, **settings))
 
 
 def _preset(args: list[str]) -> dict[str, str]:
@@ -213,8 +212,8 @@ def _preset(args: list[str]) -> dict[str, str]:
     return {}
 
 
-def _conclude(run: runs.Run) -> None:
-    summary = run.summary
+def _conclude(done: Run) -> None:
+    summary = done.summary
     per_seed = ", ".join(f"{value:.1f}" for value in summary["final_returns"])
     low, high = summary["ci95"]
     print(
@@ -223,19 +222,19 @@ def _conclude(run: runs.Run) -> None:
         f"{low:.1f} to {high:.1f})\n"
         f"speed                  {summary['env_steps_per_second']:.0f} environment steps/s, "
         f"{summary['updates_per_second']:.0f} updates/s\n"
-        f"summary                {run.folder / 'summary.json'}\n"
-        f"learning curve         {run.folder / 'plots' / 'returns.png'}\n"
-        f"watch the policy       qscore eval {run.folder} --video {run.folder}/policy.mp4",
+        f"summary                {done.folder / 'summary.json'}\n"
+        f"learning curve         {done.folder / 'plots' / 'returns.png'}\n"
+        f"watch the policy       qscore eval {done.folder} --video {done.folder}/policy.mp4",
         file=sys.stderr,
     )
 
 
 def _resume(asked: Resume) -> None:
-    _conclude(runs.resume(asked.run, steps=asked.steps))
+    _conclude(run.resume(asked.run, steps=asked.steps))
 
 
 def _eval(asked: Eval) -> None:
-    result = runs.evaluate(
+    result = playback.evaluate(
         asked.run,
         episodes=asked.episodes,
         seed=asked.seed,
@@ -269,7 +268,7 @@ def _list(asked: List) -> None:
 
 
 def _plot(asked: Plot) -> None:
-    labels = {str(folder): read_evals(runs.Run.open(folder).folder) for folder in asked.run}
+    labels = {str(folder): read_evals(Run.open(folder).folder) for folder in asked.run}
     try:
         plot_returns(labels, asked.out)
     except (OSError, ValueError) as error:
@@ -281,9 +280,7 @@ def _bench(asked: Bench) -> None:
     for name in asked.algorithm:
         if name not in ALGORITHMS:
             raise UsageError(unknown("algorithm", name, list(ALGORITHMS)))
-    rows = [
-        bench.measure(name, asked.environment) for name in asked.algorithm or tuple(ALGORITHMS)
-    ]
+    rows = [bench.measure(name, asked.environment) for name in asked.algorithm or tuple(ALGORITHMS)]
     print(json.dumps(rows) if asked.json else bench.table(rows))
 
 

@@ -5,8 +5,8 @@ of 1 - beta_t, the forward marginal is
 
     a_t = alpha_t a_0 + sigma_t eps,   alpha_t = sqrt(alpha_bar_t),  sigma_t = sqrt(1 - alpha_bar_t)
 
-(Ho et al. 2020, eq. 4). A denoiser is any function `(noised, level) -> clean estimate`; the estimate,
-the noise and the score of the noised marginal are the same thing in three coordinates:
+(Ho et al. 2020, eq. 4). A denoiser is any function `(noised, level) -> clean estimate`. The clean
+estimate, the noise and the score of the noised marginal are one thing in three coordinates:
 
     noise = (a_t - alpha_t clean) / sigma_t,     score = -noise / sigma_t.
 
@@ -61,14 +61,14 @@ def vp_schedule(levels: int) -> NoiseSchedule:
 
 
 def cosine_schedule(levels: int) -> NoiseSchedule:
-    """alpha_bar(u) proportional to cos^2((u + 0.008) / 1.008 * pi/2) (Nichol & Dhariwal 2021, eq. 17)."""
+    """alpha_bar(u) ~ cos^2((u + 0.008) / 1.008 * pi/2) (Nichol & Dhariwal 2021, eq. 17)."""
     u = np.linspace(0.0, 1.0, levels + 1)
     alpha_bar = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
     return _schedule(np.clip(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.0, 0.999))
 
 
 def linear_schedule(levels: int) -> NoiseSchedule:
-    """The 1000-step linear schedule, beta 1e-4 to 0.02 (Ho et al. 2020), thinned to `levels` levels.
+    """The 1000-step schedule, beta 1e-4 to 0.02 (Ho et al. 2020), thinned to `levels` levels.
 
     Thinning keeps the marginals of the levels that are left, so that even five levels reach noise.
     """
@@ -139,7 +139,7 @@ def sample(
     variance: Variance = "posterior",
     clip: float | None = None,
 ) -> Float[Array, " act"]:
-    """Run the whole reverse chain for one vector of `size` components (Ho et al. 2020, algorithm 2).
+    """Run the reverse chain for one vector of `size` components (Ho et al. 2020, algorithm 2).
 
     - `noise_scale` multiplies the start and every later noise: 1 samples, 0 is the deterministic
       chain from the origin.

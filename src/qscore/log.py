@@ -28,7 +28,7 @@ class RunLog:
             path = folder / f"{stream}.jsonl"
             path.touch()
             os.truncate(path, min((offsets or {}).get(stream, 0), path.stat().st_size))
-            self._files[stream] = open(path, "a")
+            self._files[stream] = open(path, "a")  # noqa: SIM115 (closed by `close`)
         # events after the checkpoint belong to the run that died
         purge = env_steps + 1 if offsets else None
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
@@ -68,7 +68,7 @@ class RunLog:
 
 
 class ProgressBar:
-    """Steps, steps per second, time left and the last return on stderr; silent without a terminal."""
+    """Steps, speed, time left and the last return on stderr; silent without a terminal."""
 
     def __init__(self, label: str, total: int, *, enabled: bool):
         console = Console(stderr=True)

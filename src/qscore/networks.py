@@ -24,7 +24,9 @@ def mish(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     With e = exp(x) and n = e(e + 2), tanh(softplus(x)) = n / (n + 2). The textbook form costs
     three transcendental functions, as much as a 256-wide matrix product on a CPU.
     """
-    e = jnp.exp(jnp.minimum(x, 20.0))  # beyond 20 the ratio is 1 in float32; e * e must not overflow
+    e = jnp.exp(
+        jnp.minimum(x, 20.0)
+    )  # beyond 20 the ratio is 1 in float32; e * e must not overflow
     n = e * (e + 2.0)
     return x * (n / (n + 2.0))
 

@@ -48,10 +48,14 @@ def plot_returns(runs: dict[str, Curves], out: Path) -> None:
         axes.plot(common, middle, color=color, linewidth=2.2, label=f"{label} ({seeds})")
         if len(means) > 1:
             bands = np.array([bootstrap_interval(values) for values in across])
-            axes.fill_between(common, bands[:, 0], bands[:, 1], color=color, alpha=0.18, linewidth=0)
+            axes.fill_between(
+                common, bands[:, 0], bands[:, 1], color=color, alpha=0.18, linewidth=0
+            )
     axes.set_xlabel("environment steps")
     axes.set_ylabel("return per episode")
-    axes.set_title("each seed (thin), interquartile mean (thick), 95% bootstrap interval", fontsize=9)
+    axes.set_title(
+        "each seed (thin), interquartile mean (thick), 95% bootstrap interval", fontsize=9
+    )
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

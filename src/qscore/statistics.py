@@ -16,8 +16,7 @@ def bootstrap_interval(values: Sequence[float], *, resamples: int = 2000) -> tup
 
     One value, or equal ones, have an interval of no width.
     """
-    values = np.asarray(values, float)
-    draws = np.random.default_rng(0).choice(values, (resamples, values.size))
+    draws = np.random.default_rng(0).choice(np.asarray(values, float), (resamples, len(values)))
     low, high = np.percentile(stats.trim_mean(draws, 0.25, axis=1), [2.5, 97.5])
     return float(low), float(high)
 

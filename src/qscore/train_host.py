@@ -29,9 +29,7 @@ def compiled_chunk(algorithm: Algorithm, spec: Spec, capacity: int, rows: int) -
     def chunk(runner, block, count, updates, key):
         return train.train_chunk(algorithm, runner, block, count, updates, key=key)
 
-    runner = jax.eval_shape(
-        lambda: train.init_runner(algorithm, spec, capacity, key=jr.key(0))
-    )
+    runner = jax.eval_shape(lambda: train.init_runner(algorithm, spec, capacity, key=jr.key(0)))
     block = jax.eval_shape(lambda: replay.empty_rows(spec, rows))
     integer = jax.ShapeDtypeStruct((), jnp.int32)
     lowered = jax.jit(chunk, donate_argnums=0).lower(runner, block, integer, integer, jr.key(0))
@@ -101,7 +99,7 @@ def exploration_policy(algorithm: Algorithm, spec: Spec, rows: int) -> Policy:
 
 
 EVAL_ROWS = 10
-"""Episodes evaluated side by side; fixed, so that an episode's numbers do not depend on how many."""
+"""Episodes evaluated side by side; fixed, so that no episode's numbers depend on how many."""
 
 
 @lru_cache
@@ -253,8 +251,7 @@ class Session:
         count = min(self.chunk - self.env_steps % self.chunk, until - self.env_steps)
         rows = self._collect(count)
         due = int(
-            self.algorithm.updates_per_step
-            * max(0, self.env_steps - self.algorithm.warmup_steps)
+            self.algorithm.updates_per_step * max(0, self.env_steps - self.algorithm.warmup_steps)
         )
         updates = due - self.updates
         self.runner, metrics, finite = self._chunk(
@@ -330,9 +327,11 @@ class Session:
         self.finished, self.sums = list(counters["finished"]), dict(counters["sums"])
         self.summed = counters["summed"]
         data = jax.tree.map(
-            lambda saved: jnp.zeros((self.capacity, *saved.shape[1:]), saved.dtype)
-            .at[: saved.shape[0]]
-            .set(saved),
+            lambda saved: (
+                jnp.zeros((self.capacity, *saved.shape[1:]), saved.dtype)
+                .at[: saved.shape[0]]
+                .set(saved)
+            ),
             arrays["replay"],
         )
         self.runner = train.Runner(
@@ -343,7 +342,8 @@ class Session:
         self.carry = jax.tree.map(jnp.array, arrays["carry"])
         self.obs = np.array(arrays["obs"])
         self.history = [list(arrays["history"][str(row)]) for row in range(len(self.tasks))]
-        return all([self._replay_episode(row) for row in range(len(self.tasks))])
+        repeated = [self._replay_episode(row) for row in range(len(self.tasks))]
+        return all(repeated)
 
     def close(self) -> None:
         """Close every environment."""
@@ -409,10 +409,7 @@ class Session:
                 if step.terminated or step.truncated:
                     self.finished.append(self.returns[row])
                     next_obs[row] = self._begin(row)
-                    self.carry = _reset_rows(
-                        self.carry, self._explore.init_carry(), row
-                    )
+                    self.carry = _reset_rows(self.carry, self._explore.init_carry(), row)
             self.obs = next_obs
             self.env_steps += len(self.tasks)
         return rows
-

@@ -1,6 +1,6 @@
 """What every algorithm is: a frozen bundle of hyperparameters with four pure methods."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
@@ -15,10 +15,25 @@ class Algorithm(Protocol):
     `jax.jit`), prints as JSON (checkpoint header) and makes its own command-line flags.
     """
 
-    batch_size: Any
-    warmup_steps: Any
-    updates_per_step: Any
-    replay_capacity: Any
+    @property
+    def batch_size(self) -> int:
+        """Transitions per update."""
+        ...
+
+    @property
+    def warmup_steps(self) -> int:
+        """Environment steps with random actions before the first update."""
+        ...
+
+    @property
+    def updates_per_step(self) -> float:
+        """Updates per environment step."""
+        ...
+
+    @property
+    def replay_capacity(self) -> int:
+        """Transitions the replay buffer holds at most."""
+        ...
 
     def init(self, spec: Spec, *, key: Key) -> State:
         """Fresh networks, targets and optimiser states: a pytree of arrays."""

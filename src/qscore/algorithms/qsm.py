@@ -3,34 +3,34 @@
 The actor is a diffusion model over actions. Its denoiser is regressed onto the action gradient of
 the critic; only the denoiser is differentiated, never the sampling chain:
 
-    L(theta) = E_{(s,a) ~ replay, t ~ U{0..T-1}, eps ~ N(0,I)} | prediction_theta(s, a_t, t) - target |^2,
-    a_t = alpha_t a + sigma_t eps,
+    L(theta) = E | prediction_theta(s, a_t, t) - target |^2,     a_t = alpha_t a + sigma_t eps,
+    (s, a) ~ replay,  t ~ U{0 ... T-1},  eps ~ N(0, I),
 
 which is the iteration Psi <- alpha grad_a Q of the paper (section 4, theorem 1), written for a
 denoiser. The critics learn by one-step Q-learning on the policy's own next action,
 
     y = r + gamma (1 - terminated) min_i Qbar_i(s', a'),    a' ~ denoising chain at s'.
 
-What the denoiser should say is `target`, written here as the noise it should predict (a denoiser
-that predicts noise eps has score -eps / sigma_t), with g = grad_a mean_i Q_i at the *noised* action:
+What the denoiser should say is `target`, written here as the noise it should predict (predicting
+eps is having the score -eps / sigma_t), with g = grad_a mean_i Q_i at the *noised* action a_t:
 
     "gradient"     eps* = -M_q g                            the released code; M_q is `score_scale`
     "normalized"   eps* = -sigma_t g / (tau c)              tau is `temperature`
     "posterior"    eps* = (a_t - alpha_t E_w[a_0]) / sigma_t,   E_w[a_0] = sum_i w_i a_0^i
 
 The second is the score of exp(Q / (tau c)) taken at a_t; c is the mean absolute component of g
-(`normalization`), so tau has no unit and rewards may be on any scale. The third is the exact score
-of the *noised marginal* of that density restricted to the action box, grad log E[exp(Q(a_0) / (tau c)) | a_t],
-by self-normalised importance sampling: a_0^i from the Gaussian posterior N(a_t / alpha_t, (sigma_t / alpha_t)^2)
-truncated to the box, w = softmax(Q(s, a_0^i) / (tau c)). The first two are its limit for little noise.
+(`normalization`), so tau has no unit and rewards may be on any scale. In the third, -eps* / sigma_t
+is the exact score of the *noised marginal* of that density restricted to the action box, by
+self-normalised importance sampling: a_0^i from N(a_t / alpha_t, (sigma_t / alpha_t)^2) truncated to
+the box, w = softmax(Q(s, a_0^i) / (tau c)). The second is its limit for little noise.
 
 Deviations of the default preset from the paper: (1) the target is "normalized", not "gradient";
 (2) the network predicts the clean action, and is regressed onto the clean action that eps* implies,
 clipped to the action box, which bounds the regression however large the gradient; (3) cosine
 schedule; (4) the chain inside the critic's target carries no noise (smoothing noise is added to its
 end), and neither does the chain at evaluation; (5) both of those run a running average of the
-actor. `preset="official"` undoes all five and is the published algorithm as its released code computes it, in that code's order: critic, then actor with
-the new critic.
+actor. `preset="official"` undoes all five and is the published algorithm as its released code
+computes it, in that code's order: the critics, then the actor against the new critics.
 """
 
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ def score_loss(
     *,
     levels: int,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """mean |prediction_theta(s, a_t, t) - target|^2: the only place where the actor is differentiated."""
+    """mean |prediction_theta(s, a_t, t) - target|^2: all that differentiates the actor."""
     codes = jax.vmap(network.encode_obs)(obs) + network.encode_levels(levels)[level]
     prediction = jax.vmap(network)(noised, codes)
     loss = jnp.mean((prediction - target) ** 2)
@@ -93,7 +93,7 @@ def noise_target(
     score_scale: float,
     temperature: Float[Array, ""],
 ) -> Float[Array, "batch act"]:
-    """eps* of the "gradient" and "normalized" targets; `temperature` is tau c, in units of reward."""
+    """eps* of the "gradient" and "normalized" targets; `temperature` is tau c, a reward."""
     if target == "gradient":
         return -score_scale * gradient
     return -sigma[:, None] * gradient / temperature
@@ -182,7 +182,7 @@ class QSM:
     variance: Literal["beta", "posterior"] = preset_field()
     """Variance of each reverse step: beta_t, or that of q(a_{t-1} | a_t, a_0)."""
     clip: Literal["clean", "sample"] = preset_field()
-    """What is kept in [-1, 1] inside the chain: the clean estimate, or every intermediate action."""
+    """What is kept in [-1, 1] inside the chain: the clean estimate, or each intermediate action."""
     noise_levels: Annotated[int, Range(1, 1000)] = 5
     """Number T of noise levels, and of network evaluations per action, in [1, 1000]."""
     score_scale: Annotated[float, Range(0, low_open=True)] = 50.0
@@ -198,7 +198,8 @@ class QSM:
     target_chain_noise: Annotated[float, Range(0, 1)] = preset_field()
     """Scale of the noise inside the chain that makes the critic's next action, in [0, 1]."""
     target_action_noise: Annotated[float, Range(0)] = 0.1
-    """Standard deviation of the noise added to that action, in [0, inf), unit: half the action range."""
+    """Standard deviation of the noise added to that action, in [0, inf), unit: half the action
+    range."""
     exploration_noise: Annotated[float, Range(0)] = 0.1
     """Standard deviation of the noise added to explored actions, in [0, inf), same unit."""
     eval_chain_noise: Annotated[float, Range(0, 1)] = preset_field()
@@ -218,7 +219,8 @@ class QSM:
     critic_lr: Annotated[float, Range(0, low_open=True)] = 3e-4
     """Adam's step size for the critics, in (0, inf)."""
     actor_decay_steps: Annotated[int | None, Range(1)] = preset_field()
-    """Updates over which the actor's step size falls to zero on a cosine, in [1, inf); None is constant."""
+    """Updates over which the actor's step size falls to zero on a cosine, in [1, inf); None is
+    constant."""
     hidden: Annotated[tuple[int, ...], Range(1)] = (256, 256)
     """Hidden layer widths of actor and critics, each in [1, inf)."""
     batch_size: Annotated[int, Range(1)] = 256
@@ -274,9 +276,7 @@ class QSM:
             action = action + self.exploration_noise * jr.normal(noise_key, action.shape)
         return jnp.clip(action, -1.0, 1.0), carry
 
-    def update(
-        self, state: QSMState, batch: Transition, *, key: Key
-    ) -> tuple[QSMState, Metrics]:
+    def update(self, state: QSMState, batch: Transition, *, key: Key) -> tuple[QSMState, Metrics]:
         """One step of the critics, then one of the actor against the new critics."""
         critic_key, actor_key = jr.split(key)
         critics, target_critics, critic_opt, critic_metrics = self._update_critics(

@@ -1,6 +1,6 @@
 """What every environment is to the loops, and the errors environments raise."""
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -34,17 +34,31 @@ class Episodic(Protocol):
     action_bounds: tuple[np.ndarray, np.ndarray]
     """The environment's own bounds, that -1 and 1 stand for."""
 
-    def reset(self, seed: int) -> np.ndarray: ...
-    def step(self, action: np.ndarray) -> Step: ...
-    def render(self) -> np.ndarray: ...
-    def close(self) -> None: ...
+    def reset(self, seed: int) -> np.ndarray:
+        """Begin the episode that belongs to `seed`; its first observation."""
+        ...
+
+    def step(self, action: np.ndarray) -> Step:
+        """Advance by one control step."""
+        ...
+
+    def render(self) -> np.ndarray:
+        """The current frame, `uint8[height, width, 3]`."""
+        ...
+
+    def close(self) -> None:
+        """Free what the environment holds."""
+        ...
 
 
 @runtime_checkable
 class Environment(Protocol):
     """A frozen, JSON-able description of an environment, as the command line makes it."""
 
-    num_envs: Any
+    @property
+    def num_envs(self) -> int:
+        """Copies that collect experience side by side."""
+        ...
 
     def open(self, *, render: bool = False) -> Episodic:
         """Start one copy. Raises `ValueError` where the description asks for the impossible."""

@@ -26,6 +26,7 @@ from qscore.config import Range, validate
 from qscore.environments.base import EnvironmentFailure, Step
 from qscore.types import Spec
 
+ACTION_RANGE = (np.float32(-1.0), np.float32(1.0))
 MAX_CLOSEST = 3
 
 
@@ -74,7 +75,7 @@ class HostTask:
         self.action_bounds = (space.low.ravel(), space.high.ravel())
         with warnings.catch_warnings():  # of casting bounds of -1 and 1 to float32
             warnings.simplefilter("ignore")
-            env = gym.wrappers.FlattenObservation(gym.wrappers.RescaleAction(env, -1.0, 1.0))
+            env = gym.wrappers.FlattenObservation(gym.wrappers.RescaleAction(env, *ACTION_RANGE))
         self._env = env
         self.spec = Spec(
             obs_size=env.observation_space.shape[0],  # pyright: ignore[reportOptionalSubscript]
@@ -96,7 +97,9 @@ class HostTask:
         if not np.isfinite(reward):
             raise EnvironmentFailure(f"{self.name} returned the reward {reward}.")
         # an episode that ends both ways is over: the state is final
-        return Step(self._checked(obs), reward, bool(terminated), bool(truncated and not terminated))
+        return Step(
+            self._checked(obs), reward, bool(terminated), bool(truncated and not terminated)
+        )
 
     def render(self) -> np.ndarray:
         """The current frame, `uint8[height, width, 3]`."""
@@ -202,23 +205,27 @@ def _check_spaces(id: str, env: gym.Env) -> None:
     action = env.action_space
     if not isinstance(action, gym.spaces.Box):
         raise ValueError(
-            f"{id!r} has the action space {action}; qscore's policies are continuous and need a Box."
+            f"{id!r} has the action space {action}; a score policy needs a Box of real numbers."
         )
     if not (np.isfinite(action.low).all() and np.isfinite(action.high).all()):
-        raise ValueError(f"{id!r} has unbounded actions, {action}; they cannot be scaled to [-1, 1].")
+        raise ValueError(
+            f"{id!r} has unbounded actions, {action}; they cannot be scaled to [-1, 1]."
+        )
     obs = env.observation_space
     parts = list(obs.spaces.values()) if isinstance(obs, gym.spaces.Dict) else [obs]
     if not all(isinstance(part, gym.spaces.Box) for part in parts):
-        raise ValueError(f"{id!r} has the observation space {obs}; it must be a Box, or a Dict of them.")
+        raise ValueError(
+            f"{id!r} has the observation space {obs}; it must be a Box, or a Dict of them."
+        )
 
 
 def _time_limit(env: gym.Env) -> int | None:
-    """Steps until an episode is cut, or None. dm_control keeps its own, which shimmy does not state."""
+    """Steps until an episode is cut, or None; dm_control states its own in another place."""
     if env.spec is not None and env.spec.max_episode_steps is not None:
         return env.spec.max_episode_steps
     dm_env = getattr(env.unwrapped, "_env", None)
     limit = getattr(dm_env, "_step_limit", None)
-    return int(round(limit)) if limit is not None and np.isfinite(limit) else None
+    return round(limit) if limit is not None and np.isfinite(limit) else None
 
 
 def _native_dt(env: gym.Env) -> float:
@@ -240,7 +247,7 @@ def _set_dt(
         physics_step = float(task.model.opt.timestep)
     else:
         raise ValueError(
-            f"`environment.dt` of {config.id!r} can only be {native_dt:g} s, its own step; got {dt:g}."
+            f"`environment.dt` of {config.id!r} can only be its own, {native_dt:g} s; got {dt:g}."
         )
     substeps = round(dt / physics_step)
     if substeps < 1 or abs(substeps * physics_step - dt) > 1e-6 * dt:

@@ -1,0 +1,144 @@
+"""A run folder: what a run was asked to do, and where its files are.
+
+config.json  metrics.jsonl  evals.jsonl  summary.json  checkpoints/  plots/  tensorboard/
+"""
+
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from qscore.algorithms import ALGORITHMS, algorithm_name
+from qscore.algorithms.base import Algorithm
+from qscore.config import Range, validate
+from qscore.environments import Environment, environment_class
+from qscore.errors import UsageError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long a run is, and what it records. Steps are environment steps of each seed."""
+
+    steps: Annotated[int, Range(1)] = 100_000
+    """Environment steps of each seed, in [1, inf)."""
+    seeds: Annotated[int, Range(1, 1000)] = 1
+    """Independent seeds trained side by side, in [1, 1000]."""
+    seed_start: Annotated[int, Range(0)] = 0
+    """The first seed, in [0, inf); the others follow."""
+    eval_every: Annotated[int | None, Range(1)] = None
+    """Environment steps between evaluations, each with a checkpoint, in [1, inf). None is a
+    twentieth of the run."""
+    eval_episodes: Annotated[int, Range(1)] = 10
+    """Episodes per evaluation, in [1, inf), from the same starts every time."""
+    log_every: Annotated[int, Range(1)] = 1000
+    """Environment steps between lines of training metrics, in [1, inf)."""
+    keep_checkpoints: Annotated[int, Range(1)] = 2
+    """Newest checkpoints to keep, in [1, inf); they include the replay buffer."""
+
+    def __post_init__(self):
+        validate(self)
+
+    @property
+    def seed_list(self) -> list[int]:
+        return list(range(self.seed_start, self.seed_start + self.seeds))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, and what `config.json` in it says."""
+
+    folder: Path
+    algorithm: Algorithm
+    environment: Environment
+    settings: Settings
+    versions: dict[str, str]
+
+    @staticmethod
+    def open(folder: str | os.PathLike) -> "Run":
+        """Read a run folder. Raises `UsageError` where it is not one."""
+        path = Path(folder)
+        if not path.is_dir():
+            raise UsageError(f"{path} is not a run folder: there is no such folder.")
+        try:
+            config = json.loads((path / "config.json").read_text())
+        except FileNotFoundError:
+            raise UsageError(f"{path} is not a run folder: it has no config.json.") from None
+        except ValueError as error:
+            raise UsageError(f"{path / 'config.json'} is not valid JSON: {error}.") from error
+        try:
+            algorithm, environment = dict(config["algorithm"]), dict(config["environment"])
+            return Run(
+                path,
+                ALGORITHMS[algorithm.pop("name")](**_tuples(algorithm)),
+                environment_class(environment.pop("name"))(**_tuples(environment)),
+                Settings(**config["settings"]),
+                config["versions"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"{path / 'config.json'} does not describe a run of this version of qscore: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The contents of summary.json; a run that has not finished has none."""
+        path = self.folder / "summary.json"
+        if not path.is_file():
+            raise UsageError(f"{self.folder} has no summary.json: the run has not finished.")
+        return json.loads(path.read_text())
+
+    def save_config(self) -> None:
+        """Write config.json."""
+        name = algorithm_name(self.algorithm)
+        config = {
+            "algorithm": {"name": name, **dataclasses.asdict(self.algorithm)},  # pyright: ignore[reportArgumentType]
+            "environment": {
+                "name": environment_name(self.environment),
+                **dataclasses.asdict(self.environment),  # pyright: ignore[reportArgumentType]
+            },
+            "settings": dataclasses.asdict(self.settings),
+            "versions": self.versions,
+        }
+        write_json(self.folder / "config.json", config)
+
+
+def environment_name(environment: Environment) -> str:
+    """The name the command line knows an environment by."""
+    return getattr(environment, "id", type(environment).__name__.lower())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a small JSON file as a whole: never half of it, whenever the process dies."""
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(value, indent=2) + "\n")
+    scratch.replace(path)
+
+
+def as_usage_error(function: Callable[[], T]) -> T:
+    """Call, turning a `ValueError` into a `UsageError`."""
+    try:
+        return function()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of what a run's numbers depend on."""
+    packages = ("qscore", "jax", "jaxlib", "equinox", "optax", "numpy", "gymnasium", "mujoco")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -1,0 +1,36 @@
+"""The house runs strict: no silent dtype promotion, no silent broadcasting, no screen."""
+
+import functools
+import os
+
+os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws classic-control tasks off screen
+
+import jax
+import optax
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def _lenient(make):
+    """An Optax optimiser whose own arithmetic is exempt from strict promotion.
+
+    Optax raises Python floats to integer counts. Strictness is for our arithmetic, not for its.
+    """
+
+    @functools.wraps(make)
+    def made(*args, **kwargs):
+        optimizer = make(*args, **kwargs)
+
+        def update(*args, **kwargs):
+            with jax.numpy_dtype_promotion("standard"):
+                return optimizer.update(*args, **kwargs)
+
+        return optax.GradientTransformation(optimizer.init, update)
+
+    return made
+
+
+# before the package is imported, so that it sees these whichever way it imports Optax
+for _name in ("adam", "adamw"):
+    setattr(optax, _name, _lenient(getattr(optax, _name)))
