@@ -25,7 +25,9 @@ def reference_alpha_bar(name, levels):
     if name == "vp":
         return np.exp(-integrated_rate(u))
     if name == "cosine":
-        alpha_bar = (np.cos((u + 0.008) / 1.008 * np.pi / 2) / np.cos(0.008 / 1.008 * np.pi / 2)) ** 2
+        alpha_bar = (
+            np.cos((u + 0.008) / 1.008 * np.pi / 2) / np.cos(0.008 / 1.008 * np.pi / 2)
+        ) ** 2
         # the curve reaches 0 at u = 1, where the paper cuts beta off at 0.999
         alpha_bar[-1] = 0.001 * (alpha_bar[-2] if levels > 1 else 1.0)
         return alpha_bar

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import tyro
 
@@ -182,10 +182,7 @@ def _train(args: list[str]) -> None:
     if name not in ALGORITHMS:
         raise UsageError(unknown("algorithm", name, list(ALGORITHMS)))
     kind, environment = ALGORITHMS[name], environment_class(task)
-    try:
-        default = kind(**_preset(rest))
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    default = kind(**_preset(kind, rest))
     fields = [
         ("settings", tyro.conf.OmitArgPrefixes[Settings], Settings()),
         ("out", Path | None, None),
@@ -203,13 +200,15 @@ def _train(args: list[str]) -> None:
     _conclude(run.train(asked.algorithm, asked.environment, out=asked.out, **settings))
 
 
-def _preset(args: list[str]) -> dict[str, str]:
-    """The preset among the flags: it decides the defaults that the others override."""
-    for i, arg in enumerate(args):
-        flag, _, value = arg.partition("=")
-        if flag == "--algorithm.preset":
-            return {"preset": value or "".join(args[i + 1 : i + 2])}
-    return {}
+def _preset(kind: type, args: list[str]) -> dict[str, str]:
+    """The preset among the flags: it decides the defaults that the others override.
+
+    One that does not exist is left for the parser to refuse.
+    """
+    known = get_args(get_type_hints(kind).get("preset"))
+    words = " ".join(args).replace("=", " ").split()
+    asked = [b for a, b in itertools.pairwise(words) if a == "--algorithm.preset" and b in known]
+    return {"preset": asked[-1]} if asked else {}
 
 
 def _conclude(done: Run) -> None:

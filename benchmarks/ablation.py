@@ -1,0 +1,97 @@
+"""QSM's default preset, one part changed at a time.
+
+    python benchmarks/ablation.py --environment HalfCheetah-v5 --steps 20000 --seeds 0 1 \\
+        --out benchmarks/results/ablation-halfcheetah.json
+
+Each variant and seed is one training run; its mean evaluation return (10 episodes, no exploration)
+every `--eval-every` steps goes into the JSON file as soon as it is known. Runs that are already in
+the file are not repeated, so an interrupted ablation goes on where it stopped. `--only` picks
+variants by name; `--table` prints what the file holds.
+"""
+
+import argparse
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qscore import QSM, Host
+from qscore.train_host import Session
+
+# what the parts are measured against: the default preset without the averaged actor, and with it
+PLAIN = {"average_rate": 1.0}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "T = 10": {"noise_levels": 10},
+    "temperature 0.2": {"temperature": 0.2},
+    "noise in the target's chain": {"target_chain_noise": 1.0},
+    "running gradient scale": {"normalization": "running"},
+    "target posterior": {"target": "posterior"},
+    "no averaged actor": PLAIN,
+    "no averaged actor, posterior variance": PLAIN | {"variance": "posterior"},
+    "no averaged actor, temperature 0.05": PLAIN | {"temperature": 0.05},
+    "no averaged actor, noise prediction": PLAIN | {"prediction": "noise"},
+    "no averaged actor, VP schedule": PLAIN | {"schedule": "vp"},
+}
+
+
+def measure(environment: str, steps: int, seed: int, every: int, fields: dict[str, Any]):
+    """Mean evaluation return by environment step of one training run."""
+    session = Session(QSM(**fields), Host(environment), seed, steps=steps, eval_episodes=10)
+    curve = {}
+    while session.env_steps < steps:
+        session.advance(min(steps, (session.env_steps // every + 1) * every))
+        if session.env_steps % every == 0:
+            curve[str(session.env_steps)] = round(float(np.mean(session.evaluate(0)[0])), 1)
+    session.close()
+    return curve
+
+
+def table(results: dict[str, Any]) -> str:
+    """The last evaluation of every variant and seed, as Markdown."""
+    lines = ["| variant | changed | last return, one per seed |", "|---|---|---|"]
+    for name, runs in results["variants"].items():
+        changed = ", ".join(f"`{k}={v}`" for k, v in VARIANTS[name].items()) or "nothing"
+        last = ", ".join(f"{list(curve.values())[-1]:.0f}" for curve in runs.values())
+        lines.append(f"| {name} | {changed} | {last} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--environment", default="HalfCheetah-v5")
+    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--eval-every", type=int, default=10_000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+
+    results = {
+        "environment": args.environment,
+        "steps": args.steps,
+        "machine": f"{platform.machine()}, one core per run",
+        "variants": {},
+    }
+    if args.out.exists():
+        results = json.loads(args.out.read_text())
+    if not args.table:
+        for name in args.only:
+            for seed in args.seeds:
+                runs = results["variants"].setdefault(name, {})
+                if str(seed) not in runs:
+                    fields = VARIANTS[name]
+                    runs[str(seed)] = measure(
+                        args.environment, args.steps, seed, args.eval_every, fields
+                    )
+                    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

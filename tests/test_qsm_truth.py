@@ -1,0 +1,604 @@
+"""QSM against NumPy and against the Boltzmann density that it claims to sample."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.extend
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+from helpers import assert_close, quick_jit
+from scipy import stats
+
+from qscore import QSM, Spec, Transition
+from qscore.algorithms.qsm import score_loss
+from qscore.networks import Critic, ScoreNetwork
+from qscore.optimize import gradient_step
+
+SPEC = Spec(obs_size=3, action_size=2, dt=0.05)
+HIDDEN = (16, 16)
+ROWS = 64
+
+
+# The networks, in NumPy and float64 ---------------------------------------------------------------
+
+
+def wide(tree):
+    """Every array of a pytree as float64 in host memory."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+
+
+def unstack(critics):
+    """The two critics of a stack."""
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], wide(critics)) for i in range(2)]
+
+
+def numpy_mlp(mlp, x, activation):
+    """An MLP on rows, and the input of every layer."""
+    inputs = []
+    for layer in mlp.layers[:-1]:
+        inputs.append(x)
+        x = activation(x @ layer.weight + layer.bias)
+    inputs.append(x)
+    return x @ mlp.layers[-1].weight + mlp.layers[-1].bias, inputs
+
+
+def relu(x):
+    return np.maximum(x, 0.0)
+
+
+def numpy_mish(x):
+    return x * np.tanh(np.log1p(np.exp(x)))
+
+
+def numpy_q(critic, obs, action):
+    return numpy_mlp(critic.mlp, np.concatenate([obs, action], axis=-1), relu)[0][..., 0]
+
+
+def numpy_gradient(critic, obs, action):
+    """dQ/da of one critic at every row, by back-propagation written out."""
+    _, inputs = numpy_mlp(critic.mlp, np.concatenate([obs, action], axis=-1), relu)
+    layers = critic.mlp.layers
+    gradient = np.broadcast_to(layers[-1].weight[:, 0], inputs[-1].shape)
+    for layer, output in zip(reversed(layers[:-1]), reversed(inputs[1:]), strict=True):
+        gradient = (gradient * (output > 0.0)) @ layer.weight.T
+    return gradient[:, obs.shape[-1] :]
+
+
+def numpy_denoiser(network, obs, noised, level):
+    """The actor's network on rows of one level, as the dense network that it stands for."""
+    phase = 2.0 * np.pi * level * network.features.frequencies
+    features = np.concatenate([np.cos(phase), np.sin(phase)])
+    embedding, _ = numpy_mlp(network.level_mlp, features, numpy_mish)
+    inputs = [noised, obs, np.broadcast_to(embedding, (obs.shape[0], embedding.shape[0]))]
+    return numpy_mlp(network.mlp, np.concatenate(inputs, axis=-1), numpy_mish)[0]
+
+
+def perturbed(network, key):
+    """The network with noise on every parameter: biases begin at 0, and should count here."""
+    leaves, treedef = jax.tree.flatten(network)
+    keys = jr.split(key, len(leaves))
+    noisy = [leaf + 0.2 * jr.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(treedef, noisy)
+
+
+def random_critics(spec, key):
+    init_key, noise_key = jr.split(key)
+    keys = jr.split(init_key, 2)
+    critics = jax.vmap(lambda key: Critic(spec.obs_size, spec.action_size, HIDDEN, key=key))(keys)
+    return perturbed(critics, noise_key)
+
+
+def random_batch(spec, rows, key):
+    obs_key, action_key, reward_key, next_key = jr.split(key, 4)
+    return Transition(
+        obs=jr.normal(obs_key, (rows, spec.obs_size)),
+        action=jr.uniform(action_key, (rows, spec.action_size), minval=-1.0, maxval=1.0),
+        reward=jr.normal(reward_key, (rows,)),
+        next_obs=jr.normal(next_key, (rows, spec.obs_size)),
+        terminated=jnp.arange(rows) % 3 == 0,
+        time=jnp.zeros(rows),
+        dt=jnp.full(rows, spec.dt),
+    )
+
+
+# What the actor is regressed onto -----------------------------------------------------------------
+
+
+def actor_batch(algorithm, critics, batch, *, scale=0.0, updates=0, key):
+    """(noised, level, target, running scale) of one actor update."""
+    compute = quick_jit(
+        lambda critics, scale, updates, batch, key: algorithm._actor_batch(
+            critics, scale, updates, batch, key=key
+        )
+    )
+    outputs = compute(critics, jnp.float32(scale), jnp.int32(updates), batch, key)
+    return outputs[:4]
+
+
+def marginal(algorithm, level):
+    """alpha and sigma of each row's level, as columns."""
+    schedule = algorithm.noise_schedule()
+    level = np.asarray(level)
+    return wide(schedule.alpha)[level][:, None], wide(schedule.sigma)[level][:, None]
+
+
+def to_target(noise, noised, alpha, sigma, prediction):
+    """What the network should output where it should predict `noise`."""
+    if prediction == "noise":
+        return noise
+    return np.clip((noised - sigma * noise) / alpha, -1.0, 1.0)
+
+
+RUNNING, LATER = (
+    2.0,
+    7,
+)  # a gradient scale in the middle of a run, and an update that is not the first
+
+
+@pytest.mark.parametrize(
+    ("target", "prediction", "normalization", "unit"),
+    [
+        ("gradient", "noise", "none", lambda size: 1.0),
+        ("gradient", "action", "batch", lambda size: 1.0),  # this target has no unit to normalise
+        ("normalized", "noise", "none", lambda size: 1.0),
+        ("normalized", "noise", "batch", lambda size: size),
+        ("normalized", "action", "running", lambda size: RUNNING + 0.005 * (size - RUNNING)),
+    ],
+)
+def test_regression_target_is_the_critics_gradient(target, prediction, normalization, unit):
+    algorithm = QSM(
+        target=target,
+        prediction=prediction,
+        normalization=normalization,
+        schedule="vp",
+        noise_levels=10,
+        score_scale=3.0,
+        temperature=0.7,
+    )
+    critics = random_critics(SPEC, jr.key(0))
+    batch = random_batch(SPEC, ROWS, jr.key(1))
+    noised, level, actual, _ = actor_batch(
+        algorithm, critics, batch, scale=RUNNING, updates=LATER, key=jr.key(2)
+    )
+    noised, obs, clean = wide(noised), wide(batch.obs), wide(batch.action)
+    alpha, sigma = marginal(algorithm, level)
+    first, second = (numpy_gradient(critic, obs, noised) for critic in unstack(critics))
+    at_clean = np.mean([numpy_gradient(critic, obs, clean) for critic in unstack(critics)], axis=0)
+    mean = (first + second) / 2.0
+
+    def expected(gradient, sigma_factor=sigma, sign=-1.0):
+        if target == "gradient":
+            noise = sign * 3.0 * gradient
+        else:
+            noise = sign * sigma_factor * gradient / (0.7 * unit(np.mean(np.abs(mean))))
+        return to_target(noise, noised, alpha, sigma, prediction)
+
+    tolerance = {"loosen": 10.0, "why": "two layers and a division by alpha, of numbers up to 10"}
+    assert_close(actual, expected(mean), **tolerance)
+    mutants = {
+        "ascent and descent swapped": expected(mean, sign=1.0),
+        "taken at the clean action": expected(at_clean),
+        "of one critic only": expected(first),
+        "of the sum of critics": expected(2.0 * mean),
+    }
+    if target == "normalized":
+        mutants["without sigma"] = expected(mean, sigma_factor=1.0)
+    for name, wrong in mutants.items():
+        # such a slip moves the targets by a good part of their size; the tolerance is 1e-4 of it
+        error = np.mean(np.abs(wrong - wide(actual))) / np.mean(np.abs(wide(actual)))
+        assert error > 0.05, name
+
+
+@pytest.mark.parametrize(("updates", "kept"), [(0, 0.0), (LATER, 0.995)])
+def test_running_scale_follows_the_gradients_size(updates, kept):
+    algorithm = QSM(target="normalized", normalization="running", noise_levels=10)
+    critics, batch = random_critics(SPEC, jr.key(0)), random_batch(SPEC, ROWS, jr.key(1))
+    noised, _, _, scale = actor_batch(
+        algorithm, critics, batch, scale=RUNNING, updates=updates, key=jr.key(2)
+    )
+    gradients = [numpy_gradient(c, wide(batch.obs), wide(noised)) for c in unstack(critics)]
+    size = np.mean(np.abs(np.mean(gradients, axis=0)))
+    # the first update has no past to average with
+    assert_close(scale, np.float64(kept * RUNNING + (1.0 - kept) * size))
+
+
+def test_a_flat_critic_asks_for_no_noise():
+    # its gradient is 0 and so is the unit: 0 / 0 must stay 0
+    algorithm = QSM(target="normalized", prediction="noise", normalization="batch")
+    critics = jax.tree.map(jnp.zeros_like, random_critics(SPEC, jr.key(0)))
+    batch = random_batch(SPEC, ROWS, jr.key(1))
+    _, _, target, _ = actor_batch(algorithm, critics, batch, key=jr.key(2))
+    np.testing.assert_array_equal(np.asarray(target), np.zeros((ROWS, 2)))
+
+
+def test_posterior_target_is_the_mean_by_quadrature():
+    spec, temperature = Spec(obs_size=3, action_size=1, dt=0.05), 0.1
+    settings = {
+        "target": "posterior",
+        "normalization": "none",
+        "schedule": "cosine",
+        "noise_levels": 10,
+        "temperature": temperature,
+        "posterior_samples": 4096,
+    }
+    critics, batch = random_critics(spec, jr.key(3)), random_batch(spec, ROWS, jr.key(4))
+    key = jr.key(5)
+    by_action = actor_batch(QSM(prediction="action", **settings), critics, batch, key=key)
+    by_noise = actor_batch(QSM(prediction="noise", **settings), critics, batch, key=key)
+    noised, level, clean = (wide(output) for output in by_action[:3])
+    alpha, sigma = marginal(QSM(**settings), by_action[1])
+
+    def quadrature(edge, strength):
+        """E[a_0 | a_t] under exp(strength Q / temperature) on [-edge, edge]."""
+        grid = np.linspace(-edge, edge, 4001)
+        obs = np.repeat(wide(batch.obs)[:, None], grid.size, axis=1)
+        action = np.broadcast_to(grid[None, :, None], (ROWS, grid.size, 1))
+        q = np.mean([numpy_q(critic, obs, action) for critic in unstack(critics)], axis=0)
+        log_weight = strength * q / temperature - (noised - alpha * grid) ** 2 / (2.0 * sigma**2)
+        weight = np.exp(log_weight - log_weight.max(axis=1, keepdims=True))
+        return (weight @ grid / weight.sum(axis=1))[:, None]
+
+    # 4096 draws of spread at most 0.6, of which a quarter count after weighting: 0.02 a row at most
+    error = clean - quadrature(1.0, 1.0)
+    assert np.max(np.abs(error)) < 0.05
+    assert np.sqrt(np.mean(error**2)) < 0.015
+    for name, wrong in {
+        "downhill": quadrature(1.0, -1.0),
+        "without the critic": quadrature(1.0, 0.0),
+        "half the temperature": quadrature(1.0, 2.0),
+        "outside of the box": quadrature(3.0, 1.0),
+    }.items():
+        assert np.sqrt(np.mean((clean - wrong) ** 2)) > 0.06, name
+    # both predictions say the same thing
+    np.testing.assert_array_equal(noised, wide(by_noise[0]))
+    noise = (noised - alpha * clean) / sigma
+    assert_close(by_noise[2], noise, loosen=20.0, why="a division by the smallest sigma, 0.09")
+
+
+def test_actions_are_noised_to_their_level():
+    rows = 8192
+    algorithm = QSM(target="gradient", schedule="cosine", noise_levels=8)
+    batch = random_batch(SPEC, rows, jr.key(6))
+    noised, level, _, _ = actor_batch(
+        algorithm, random_critics(SPEC, jr.key(0)), batch, key=jr.key(7)
+    )
+    alpha, sigma = marginal(algorithm, level)
+    noise = (wide(noised) - alpha * wide(batch.action)) / sigma
+    # standard normal and uniform over levels, within four standard errors
+    assert abs(noise.mean()) < 4.0 / np.sqrt(2 * rows)
+    assert abs(noise.var() - 1.0) < 4.0 * np.sqrt(2.0 / (2 * rows))
+    assert abs(np.mean(noise[:, 0] * noise[:, 1])) < 4.0 / np.sqrt(rows)
+    share = np.bincount(np.asarray(level), minlength=8) / rows
+    assert share.shape == (8,)
+    assert np.all(np.abs(share - 1 / 8) < 4.0 * np.sqrt(1 / 8 * 7 / 8 / rows))
+
+
+# What the regression converges to -----------------------------------------------------------------
+
+
+class Polynomial(eqx.Module):
+    """Q(s, a) = p(a - shift s) of a one-dimensional task, in the place of a critic's network."""
+
+    coefficients: jax.Array
+    shift: jax.Array
+
+    def __call__(self, x):
+        obs, action = x
+        return jnp.polyval(self.coefficients, action - self.shift * obs)[None]
+
+
+def frozen_critics(coefficients, shift):
+    """A stack of two critics that differ, and whose mean is p(a - shift s)."""
+    # subtracting from one what is added to the other: either alone would be a wrong landscape
+    tilt = jnp.array([0.0, 0.0, 0.0, 2.0, 0.0])
+    both = [
+        eqx.tree_at(
+            lambda critic: critic.mlp,
+            Critic(1, 1, (1,), key=jr.key(0)),
+            Polynomial(jnp.asarray(coefficients, jnp.float32) + sign * tilt, jnp.float32(shift)),
+        )
+        for sign in (1.0, -1.0)
+    ]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *both)
+
+
+LINE = Spec(obs_size=1, action_size=1, dt=0.05)
+BOLTZMANN = QSM(
+    target="posterior",
+    prediction="action",
+    schedule="cosine",
+    variance="beta",
+    normalization="none",
+    clip="clean",
+    temperature=1.0,
+    noise_levels=100,
+    posterior_samples=32,
+    hidden=(32, 32),
+    batch_size=256,
+)
+DRAWS = 8192
+
+
+@pytest.fixture(scope="module")
+def trained_samples():
+    """critics -> samples of the trained chain at the observations -1 and 1: `[2, DRAWS]`.
+
+    Only the actor is trained, on actions drawn uniformly from the box.
+    """
+    optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, 3000))
+
+    def train(critics, key):
+        init_key, loop_key, sample_key = jr.split(key, 3)
+        actor = ScoreNetwork(1, 1, BOLTZMANN.hidden, key=init_key)
+
+        def step(carry, key):
+            batch_key, actor_key = jr.split(key)
+            batch = random_batch(LINE, BOLTZMANN.batch_size, batch_key)
+            batch = eqx.tree_at(lambda b: b.obs, batch, jnp.sign(batch.obs))
+            noised, level, target, _, _ = BOLTZMANN._actor_batch(
+                critics, jnp.zeros(()), jnp.zeros((), jnp.int32), batch, key=actor_key
+            )
+            actor, opt_state, _ = gradient_step(
+                score_loss,
+                carry[0],
+                optimizer,
+                carry[1],
+                batch.obs,
+                noised,
+                level,
+                target,
+                levels=100,
+            )
+            return (actor, opt_state), None
+
+        carry = (actor, optimizer.init(actor))
+        (actor, _), _ = jax.lax.scan(step, carry, jr.split(loop_key, 3000))
+        keys = jr.split(sample_key, (2, DRAWS))
+        obs = jnp.array([[-1.0], [1.0]])
+
+        def sample(obs, key):
+            return BOLTZMANN.sample(actor, obs, key=key)
+
+        return jax.vmap(jax.vmap(sample, (None, 0)))(obs, keys)[..., 0]
+
+    compiled = jax.jit(train)
+    return lambda critics, key: np.asarray(compiled(critics, key), np.float64)
+
+
+def test_quadratic_critic_gives_its_truncated_gaussian(trained_samples):
+    # Q / tau = -(a - 0.3 s)^2 / (2 0.3^2): 1% of the Gaussian lies beyond the box
+    spread, shift = 0.3, 0.3
+    critics = frozen_critics([0.0, 0.0, -0.5 / spread**2, 0.0, 0.0], shift)
+    samples = trained_samples(critics, jr.key(8))
+    for row, mode in zip(samples, (-shift, shift), strict=True):
+        truth = stats.truncnorm((-1.0 - mode) / spread, (1.0 - mode) / spread, mode, spread)
+        # 5%: a hundred levels leave 3% of the variance, the draws 1.6% (one standard error)
+        assert abs(row.mean() / truth.mean() - 1.0) < 0.05
+        assert abs(row.var() / truth.var() - 1.0) < 0.05
+
+
+def test_two_modes_keep_their_mass(trained_samples):
+    # Q / tau = -35 (a^2 - 0.5^2)^2: modes at -0.5 and 0.5, a ninth as likely in between
+    critics = frozen_critics([-35.0, 0.0, 2 * 35.0 * 0.25, 0.0, -35.0 * 0.25**2], 0.0)
+    samples = trained_samples(critics, jr.key(9))
+    grid = np.linspace(-1.0, 1.0, 4001)
+    density = np.exp(-35.0 * (grid**2 - 0.25) ** 2)
+    size = density @ np.abs(grid) / density.sum()
+    for row in samples:
+        assert 0.35 < np.mean(row > 0.0) < 0.65
+        assert abs(np.abs(row).mean() / size - 1.0) < 0.05
+
+
+# What the critics are regressed onto ---------------------------------------------------------------
+
+
+def numpy_chain(schedule, network, obs):
+    """The noiseless chain of a noise-predicting actor that clips its clean estimates."""
+    beta, alpha, sigma = wide(tuple(schedule))
+    noised = np.zeros((obs.shape[0], network.action_size))
+    for t in range(len(beta) - 1, -1, -1):
+        noise = numpy_denoiser(network, obs, noised, t)
+        clean = np.clip((noised - sigma[t] * noise) / alpha[t], -1.0, 1.0)
+        before = alpha[t - 1] if t > 0 else 1.0
+        noised = before * beta[t] * clean + np.sqrt(1.0 - beta[t]) * (1.0 - before**2) * noised
+        noised = noised / sigma[t] ** 2
+    return np.clip(noised, -1.0, 1.0)
+
+
+def test_critics_learn_from_the_target_critics_at_the_policys_next_action():
+    algorithm = QSM(
+        prediction="noise",
+        schedule="cosine",
+        clip="clean",
+        target_chain_noise=0.0,
+        target_action_noise=0.0,
+        noise_levels=5,
+        discount=0.9,
+        hidden=HIDDEN,
+    )
+    state = quick_jit(lambda key: algorithm.init(SPEC, key=key))(jr.key(10))
+    names = ("actor", "average_actor", "critics", "target_critics")
+    state = dataclasses.replace(
+        state,
+        **{
+            name: perturbed(getattr(state, name), key)
+            for name, key in zip(names, jr.split(jr.key(11), 4), strict=True)
+        },
+    )
+    batch = random_batch(SPEC, ROWS, jr.key(12))
+
+    # updates on one row each report that row's target and loss
+    one_row = jax.vmap(
+        lambda row, key: algorithm.update(
+            state, jax.tree.map(lambda leaf: leaf[None], row), key=key
+        )[1]
+    )
+    metrics = quick_jit(one_row)(batch, jr.split(jr.key(13), ROWS))
+
+    obs, action, next_obs = wide(batch.obs), wide(batch.action), wide(batch.next_obs)
+    online, target = unstack(state.critics), unstack(state.target_critics)
+
+    def expected(actor, critics, reduce, alive):
+        next_action = numpy_chain(algorithm.noise_schedule(), wide(actor), next_obs)
+        next_q = reduce([numpy_q(critic, next_obs, next_action) for critic in critics], axis=0)
+        return wide(batch.reward) + 0.9 * alive * next_q
+
+    alive = 1.0 - wide(batch.terminated)
+    y = expected(state.average_actor, target, np.min, alive)
+    tolerance = {"loosen": 20.0, "why": "a chain of five networks and divisions by alpha"}
+    assert_close(metrics["q_target"], y, **tolerance)
+    loss = sum((numpy_q(critic, obs, action) - y) ** 2 for critic in online)
+    assert_close(metrics["critic_loss"], loss, **tolerance)
+    ended = np.asarray(batch.terminated)
+    np.testing.assert_array_equal(
+        np.asarray(metrics["q_target"])[ended], np.asarray(batch.reward)[ended]
+    )
+    for name, wrong in {
+        "the online critics": expected(state.average_actor, online, np.min, alive),
+        "the mean of the critics": expected(state.average_actor, target, np.mean, alive),
+        "the actor itself, not its average": expected(state.actor, target, np.min, alive),
+        "bootstrapping through death": expected(state.average_actor, target, np.min, 1.0),
+    }.items():
+        assert np.mean(np.abs(wrong - y)) > 0.01, name
+
+
+# What it costs ------------------------------------------------------------------------------------
+
+
+def matmul_flops(function, *args):
+    """Floating-point operations in the matrix products of a traced function.
+
+    Counted from the program, because XLA's own count takes the body of a loop once.
+    """
+    return count_flops(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def count_flops(jaxpr):
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracting, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            contracted = int(np.prod([left[axis] for axis in contracting]))
+            total += 2 * contracted * int(np.prod(equation.outvars[0].aval.shape))
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += times * sum(count_flops(inner) for inner in subjaxprs(equation))
+    return total
+
+
+def subjaxprs(equation):
+    """The programs inside an operation: the body of a scan, a jitted function, and so on."""
+    for value in equation.params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            inner = getattr(item, "jaxpr", item)
+            if isinstance(inner, jax.extend.core.Jaxpr):
+                yield inner
+
+
+# at this many rows the encoding of 45 more levels, once per batch, is below 2% of an actor step
+MANY, FEW_LEVELS, MANY_LEVELS = 4096, 5, 50
+
+
+def shapes(levels):
+    algorithm = QSM(target="normalized", noise_levels=levels, hidden=(64, 64))
+    state = jax.eval_shape(lambda: algorithm.init(SPEC, key=jr.key(0)))
+    batch = jax.eval_shape(lambda: random_batch(SPEC, MANY, jr.key(0)))
+    return algorithm, state, batch
+
+
+def forward_flops():
+    """One evaluation of the denoiser on every row, its codes given."""
+    return MANY * 2 * (SPEC.action_size * 64 + 64 * 64 + 64 * SPEC.action_size)
+
+
+def actor_flops(levels):
+    _, state, batch = shapes(levels)
+    optimizer = optax.adam(3e-4)
+    level = jax.ShapeDtypeStruct((MANY,), jnp.int32)
+
+    def step(actor, obs, noised, level, target):
+        opt_state = optimizer.init(actor)
+        return gradient_step(
+            score_loss, actor, optimizer, opt_state, obs, noised, level, target, levels=levels
+        )
+
+    return matmul_flops(step, state.actor, batch.obs, batch.action, level, batch.action)
+
+
+def sample_flops(levels):
+    algorithm, state, batch = shapes(levels)
+    keys = jax.eval_shape(lambda: jr.split(jr.key(0), MANY))
+
+    def sample(actor, obs, keys):
+        return jax.vmap(lambda obs, key: algorithm.sample(actor, obs, key=key))(obs, keys)
+
+    return matmul_flops(sample, state.actor, batch.obs, keys)
+
+
+def update_flops(levels):
+    algorithm, state, batch = shapes(levels)
+    return matmul_flops(
+        lambda state, batch, key: algorithm.update(state, batch, key=key), state, batch, jr.key(0)
+    )
+
+
+def test_actor_step_costs_the_same_for_any_number_of_levels():
+    few, many = actor_flops(FEW_LEVELS), actor_flops(MANY_LEVELS)
+    assert few > 2.5 * forward_flops()  # it is the whole step, forward and backward
+    assert few <= many < 1.02 * few
+
+
+def test_sampling_costs_one_network_per_level():
+    slope = (sample_flops(MANY_LEVELS) - sample_flops(FEW_LEVELS)) / (MANY_LEVELS - FEW_LEVELS)
+    assert abs(slope / forward_flops() - 1.0) < 0.02
+
+
+def test_update_never_differentiates_the_chain():
+    # a level costs one forward pass in the critics' target; back-propagation would make it three
+    slope = (update_flops(MANY_LEVELS) - update_flops(FEW_LEVELS)) / (MANY_LEVELS - FEW_LEVELS)
+    assert abs(slope / forward_flops() - 1.0) < 0.02
+
+
+# The published algorithm --------------------------------------------------------------------------
+
+
+def test_official_preset_is_the_released_code():
+    released = {
+        "target": "gradient",
+        "prediction": "noise",
+        "schedule": "vp",
+        "variance": "beta",
+        "clip": "sample",
+        "noise_levels": 5,
+        "score_scale": 50.0,
+        "normalization": "none",
+        "target_chain_noise": 1.0,
+        "target_action_noise": 0.1,
+        "exploration_noise": 0.1,
+        "eval_chain_noise": 1.0,
+        "best_of": 1,
+        "discount": 0.99,
+        "target_rate": 0.005,
+        "average_rate": 1.0,  # the released actor has no average
+        "actor_lr": 3e-4,
+        "critic_lr": 3e-4,
+        "actor_decay_steps": 2_000_000,
+        "batch_size": 256,
+        "warmup_steps": 10_000,
+        "updates_per_step": 1.0,
+    }
+    official = QSM(preset="official")
+    assert {name: getattr(official, name) for name in released} == released
+
+
+def test_fields_that_are_given_win_over_the_preset():
+    given = {"schedule": "linear", "prediction": "action", "warmup_steps": 7, "average_rate": 0.5}
+    official = dataclasses.asdict(QSM(preset="official"))
+    mixed = dataclasses.asdict(QSM(preset="official", **given))
+    assert mixed == official | given
+    # also where the value is None, which is not the same as not given
+    assert QSM(preset="official", actor_decay_steps=None).actor_decay_steps is None
