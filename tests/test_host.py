@@ -160,3 +160,26 @@ def test_every_known_id_is_an_environment_of_the_host():
     assert {"Pendulum-v1", "HalfCheetah-v5", "dm_control/cartpole-swingup-v0"} <= set(ids)
     assert "HalfCheetah-v4" not in ids  # the newest version only
     assert environment_class("Pendulum-v1") is Host
+
+
+def test_every_task_has_a_time_limit():
+    task = Host("Pendulum-v1", max_episode_steps=7).open()
+    task.reset(0)
+    assert [task.step(np.zeros(1)).truncated for _ in range(7)] == [False] * 6 + [True]
+
+    class Endless(gym.Env):
+        observation_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
+        action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+        def reset(self, *, seed=None, options=None):
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            return np.zeros(1, np.float32), 1.0, False, False, {}
+
+    gym.register("Endless-v0", lambda **_: Endless())
+    endless = Host("Endless-v0").open()
+    endless.reset(0)
+    assert endless.spec.horizon == 1000.0  # a step of a task that does not say is one second
+    assert [endless.step(np.zeros(1)).truncated for _ in range(1000)].index(True) == 999
+    del gym.registry["Endless-v0"]

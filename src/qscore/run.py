@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -82,6 +83,12 @@ def train(
                 f"`{name}` must be a multiple of `environment.num_envs`, {rows}; "
                 f"got {getattr(settings, name)}."
             )
+    if algorithm.warmup_steps >= steps and progress:
+        print(
+            f"warning: nothing will be learned: all {steps} steps are random warm-up "
+            f"(`algorithm.warmup_steps` is {algorithm.warmup_steps}).",
+            file=sys.stderr,
+        )
     if out is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = environment_name(task).replace("/", "-")

@@ -218,7 +218,8 @@ class Session:
         self.eval_tasks = [environment.open() for _ in range(min(eval_episodes, EVAL_ROWS))]
         self.spec = self.tasks[0].spec
         init_key, self._act_key, self._update_key = jr.split(jr.key(seed), 3)
-        self.capacity = min(algorithm.replay_capacity, steps)
+        # never below a chunk, so that no chunk overwrites itself
+        self.capacity = max(min(algorithm.replay_capacity, steps), self.chunk)
         # everything is compiled here, by one thread, before the seeds' threads start
         self._explore = exploration_policy(algorithm, self.spec, len(self.tasks))
         self._evaluation = evaluation_policy(algorithm, self.spec)

@@ -6,7 +6,7 @@ the critic; only the denoiser is differentiated, never the sampling chain:
     L(theta) = E | prediction_theta(s, a_t, t) - target |^2,     a_t = alpha_t a + sigma_t eps,
     (s, a) ~ replay,  t ~ U{0 ... T-1},  eps ~ N(0, I),
 
-which is the iteration Psi <- alpha grad_a Q of the paper (section 4, theorem 1), written for a
+which is the iteration Psi <- alpha grad_a Q of the paper, written for a
 denoiser. The critics learn by one-step Q-learning on the policy's own next action,
 
     y = r + gamma (1 - terminated) min_i Qbar_i(s', a'),    a' ~ denoising chain at s'.

@@ -7,6 +7,7 @@ restored anywhere from its seed and its actions.
 
 import contextlib
 import ctypes.util
+import dataclasses
 import difflib
 import importlib.util
 import io
@@ -28,6 +29,8 @@ from qscore.types import Spec
 
 ACTION_RANGE = (np.float32(-1.0), np.float32(1.0))
 MAX_CLOSEST = 3
+DEFAULT_LIMIT = 1000
+"""Time limit in steps of a task that has none: an evaluation must end."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,10 @@ class Host:
     """Control step in seconds, in (0, inf): a multiple of the physics step of a MuJoCo task. The
     reward is scaled by dt over the task's own step and the time limit keeps its seconds, so that
     returns compare across steps. None is the task's own step, the only one other tasks allow."""
+
+    max_episode_steps: Annotated[int | None, Range(1)] = None
+    """Steps until an episode is cut, in [1, inf); dm_control never runs past its own limit. None is
+    the task's own, or 1000 where it has none. The state at the cut keeps its value: a time limit is not a termination."""
 
     def __post_init__(self):
         validate(self)
@@ -60,15 +67,16 @@ class HostTask:
 
     def __init__(self, config: Host, render_mode: str | None):
         self.name = config.id
-        env = _make(config.id, render_mode)
-        limit = _time_limit(env)
-        native_dt = _native_dt(env)
-        self._reward_scale = 1.0
+        env = _make(config, render_mode)
+        native_dt = dt = _control_step(env)
         if config.dt is not None:
-            env = _set_dt(env, config, native_dt, limit, render_mode)
-            self._reward_scale = _native_dt(env) / native_dt
-            limit = _time_limit(env)
-        dt = _native_dt(env)
+            env = _set_dt(env, config, native_dt, render_mode)
+            dt = _control_step(env)
+        self._reward_scale = dt / native_dt
+        limit = _time_limit(env)
+        if limit is None:
+            limit = DEFAULT_LIMIT
+            env = gym.wrappers.TimeLimit(env, limit)
         _check_spaces(config.id, env)
         self._action_shape = env.action_space.shape
         space: Any = env.action_space
@@ -81,7 +89,7 @@ class HostTask:
             obs_size=env.observation_space.shape[0],  # pyright: ignore[reportOptionalSubscript]
             action_size=int(np.prod(self._action_shape)),  # pyright: ignore[reportCallIssue, reportArgumentType]
             dt=dt,
-            horizon=None if limit is None else limit * dt,
+            horizon=limit * dt,
         )
 
     def reset(self, seed: int) -> np.ndarray:
@@ -139,7 +147,10 @@ def known_ids() -> list[str]:
     return sorted(id for _, id in newest.values())
 
 
-def _make(id: str, render_mode: str | None, **kwargs: Any) -> gym.Env:
+def _make(config: Host, render_mode: str | None, **kwargs: Any) -> gym.Env:
+    id = config.id
+    if config.max_episode_steps is not None:
+        kwargs["max_episode_steps"] = config.max_episode_steps
     if render_mode is not None:  # not every task takes the argument
         kwargs["render_mode"] = render_mode
     if id.startswith("dm_control/"):
@@ -221,22 +232,19 @@ def _check_spaces(id: str, env: gym.Env) -> None:
 
 def _time_limit(env: gym.Env) -> int | None:
     """Steps until an episode is cut, or None; dm_control states its own in another place."""
-    if env.spec is not None and env.spec.max_episode_steps is not None:
-        return env.spec.max_episode_steps
-    dm_env = getattr(env.unwrapped, "_env", None)
-    limit = getattr(dm_env, "_step_limit", None)
-    return round(limit) if limit is not None and np.isfinite(limit) else None
+    own = getattr(getattr(env.unwrapped, "_env", None), "_step_limit", None)
+    limits = [env.spec.max_episode_steps if env.spec else None, own]
+    known = [round(limit) for limit in limits if limit is not None and np.isfinite(limit)]
+    return min(known, default=None)
 
 
-def _native_dt(env: gym.Env) -> float:
+def _control_step(env: gym.Env) -> float:
     """The control step in seconds; 1 where the environment does not say."""
     dt = getattr(env.unwrapped, "dt", None)
     return float(dt() if callable(dt) else dt) if dt is not None else 1.0  # pyright: ignore[reportArgumentType]
 
 
-def _set_dt(
-    env: gym.Env, config: Host, native_dt: float, limit: int | None, render_mode: str | None
-) -> gym.Env:
+def _set_dt(env: gym.Env, config: Host, native_dt: float, render_mode: str | None) -> gym.Env:
     dt = config.dt
     assert dt is not None
     task: Any = env.unwrapped
@@ -256,11 +264,14 @@ def _set_dt(
             f"{physics_step:g} s; got {dt:g}. The nearest is {max(substeps, 1) * physics_step:g}; "
             f"its own is {native_dt:g}."
         )
+    limit = _time_limit(env)
     env.close()
     if is_dm_control:  # its time limit is in seconds and follows
         kwargs = {"environment_kwargs": {"control_timestep": substeps * physics_step}}
-        return _make(config.id, render_mode, **kwargs)
-    steps = None if limit is None else round(limit * native_dt / (substeps * physics_step))
-    env = _make(config.id, render_mode, max_episode_steps=steps)
+        return _make(config, render_mode, **kwargs)
+    if config.max_episode_steps is None and limit is not None:
+        steps = round(limit * native_dt / (substeps * physics_step))
+        config = dataclasses.replace(config, max_episode_steps=steps)
+    env = _make(config, render_mode)
     env.unwrapped.frame_skip = substeps  # pyright: ignore[reportAttributeAccessIssue]
     return env
