@@ -29,8 +29,9 @@ Deviations of the default preset from the paper: (1) the target is "normalized",
 clipped to the action box, which bounds the regression however large the gradient; (3) cosine
 schedule; (4) the chain inside the critic's target carries no noise (smoothing noise is added to its
 end), and neither does the chain at evaluation; (5) both of those run a running average of the
-actor. `preset="official"` undoes all five and is the published algorithm as its released code
-computes it, in that code's order: the critics, then the actor against the new critics.
+actor; (6) larger step sizes and a shorter random warm-up. `preset="official"` undoes all six and is
+the published algorithm as its released code computes it, in that code's order: the critics, then
+the actor against the new critics.
 """
 
 from dataclasses import dataclass
@@ -146,8 +147,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "target_chain_noise": 0.0,
         "eval_chain_noise": 0.0,
         "average_rate": 0.005,
+        "actor_lr": 1e-3,
+        "critic_lr": 1e-3,
         "actor_decay_steps": None,
-        "warmup_steps": 5_000,
+        "warmup_steps": 2_000,
     },
     "official": {
         "target": "gradient",
@@ -159,6 +162,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "target_chain_noise": 1.0,
         "eval_chain_noise": 1.0,
         "average_rate": 1.0,
+        "actor_lr": 3e-4,
+        "critic_lr": 3e-4,
         "actor_decay_steps": 2_000_000,
         "warmup_steps": 10_000,
     },
@@ -214,9 +219,9 @@ class QSM:
     average_rate: Annotated[float, Range(0, 1, low_open=True)] = preset_field()
     """Weight of the new parameters in the actor's running average, in (0, 1], per update. The
     average makes the critic's next action and acts when not exploring; 1 is no averaging."""
-    actor_lr: Annotated[float, Range(0, low_open=True)] = 3e-4
+    actor_lr: Annotated[float, Range(0, low_open=True)] = preset_field()
     """Adam's step size for the actor, in (0, inf)."""
-    critic_lr: Annotated[float, Range(0, low_open=True)] = 3e-4
+    critic_lr: Annotated[float, Range(0, low_open=True)] = preset_field()
     """Adam's step size for the critics, in (0, inf)."""
     actor_decay_steps: Annotated[int | None, Range(1)] = preset_field()
     """Updates over which the actor's step size falls to zero on a cosine, in [1, inf); None is

@@ -48,7 +48,8 @@ class Host:
 
     max_episode_steps: Annotated[int | None, Range(1)] = None
     """Steps until an episode is cut, in [1, inf); dm_control never runs past its own limit. None is
-    the task's own, or 1000 where it has none. The state at the cut keeps its value: a time limit is not a termination."""
+    the task's own, or 1000 where it has none. The state at the cut keeps its value: a time limit
+    is not a termination."""
 
     def __post_init__(self):
         validate(self)

@@ -1,0 +1,253 @@
+"""The documentation is true: its Python runs, its commands parse, its tables match the code."""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import re
+import shlex
+import sys
+import types
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import gymnasium as gym
+import jax
+import jax.random as jr
+import numpy as np
+import pytest
+
+import qscore as qs
+from qscore import cli, replay
+from qscore.config import Range
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "CONTRIBUTING.md"]
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+FLAG = re.compile(r"--[a-z][\w.-]*")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [body for _, kind, body in FENCE.findall(page.read_text()) if kind == language]
+
+
+def prose(page: Path) -> str:
+    return FENCE.sub("", page.read_text())
+
+
+def spans(page: Path) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", prose(page))
+
+
+def table(page: Path, *columns: str) -> Iterator[dict[str, str]]:
+    """The rows of the first table of a page that has these columns; cells without backticks."""
+    rows = [
+        [cell.strip().replace("`", "") for cell in line.strip("|").split("|")]
+        for line in page.read_text().splitlines()
+        if line.startswith("|")
+    ]
+    start = next(i for i, row in enumerate(rows) if set(columns) <= set(row))
+    header = rows[start]
+    for row in rows[start + 2 :]:
+        if len(row) != len(header) or set(row[0]) == {"-"}:
+            return
+        yield dict(zip(header, row, strict=True))
+
+
+def run_python(page: Path) -> None:
+    """Execute a page's Python blocks in order, as one module."""
+    module = types.ModuleType(f"docs_{page.stem}")
+    sys.modules[module.__name__] = module  # dataclasses look themselves up
+    registered = set(gym.registry)
+    try:
+        for block in blocks(page, "python"):
+            exec(compile(block, str(page), "exec"), module.__dict__)
+    finally:
+        del sys.modules[module.__name__]
+        for id in set(gym.registry) - registered:
+            del gym.registry[id]
+
+
+def test_the_algorithm_and_the_environment_of_the_extending_page_work():
+    assert len(blocks(DOCS / "extending.md", "python")) == 3
+    run_python(DOCS / "extending.md")
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory) -> Path:
+    """The run folder that the Python of the starting page makes."""
+    folder = tmp_path_factory.mktemp("start")
+    with contextlib.chdir(folder):
+        run_python(DOCS / "start.md")
+    return folder / "runs" / "first"
+
+
+def keys(value: Any) -> set[str]:
+    """Every key of nested JSON, but for seeds, file names and what a dataclass's table documents."""
+    if not isinstance(value, dict):
+        return set()
+    plain = {key for key in value if not key.isdecimal() and not key.endswith(".npz")}
+    return plain.union(*map(keys, value.values()))
+
+
+def test_every_field_of_a_run_folder_is_described(first_run):
+    described = set(spans(DOCS / "runs.md")) | set(spans(DOCS / "evaluation.md"))
+    described |= {row["metric"] for row in table(DOCS / "algorithms" / "qsm.md", "metric")}
+    config = json.loads((first_run / "config.json").read_text())
+    for section, kind in (("algorithm", qs.QSM), ("environment", qs.Host)):
+        fields = set(config.pop(section))  # those have tables of their own, tested below
+        assert fields == {"name"} | {field.name for field in dataclasses.fields(kind)}
+    newest = max((first_run / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    documents = [config, json.loads((first_run / "summary.json").read_text())]
+    documents.append(json.loads((newest / "header.json").read_text()))
+    for stream in ("metrics", "evals"):
+        documents += map(json.loads, (first_run / f"{stream}.jsonl").read_text().splitlines())
+    for document in documents:
+        assert keys(document) <= described
+
+    drawn = "".join(blocks(DOCS / "runs.md", "text") + blocks(DOCS / "start.md", "text"))
+    assert all(path.name in drawn for path in first_run.iterdir())
+
+
+def test_every_figure_of_an_evaluation_is_described(first_run):
+    rows = table(DOCS / "evaluation.md", "field of --json")
+    named = {name for row in rows for name in row["field of --json"].split(", ")}
+    assert set(qs.evaluate(first_run, episodes=1, best_of=2)) == named
+
+
+def limits(kind: type, name: str) -> str:
+    """How a table writes a field's valid values: its choices, or its range."""
+    hint = get_type_hints(kind, include_extras=True)[name]
+    if get_origin(hint) is Literal:
+        return ", ".join(get_args(hint))
+    ranges = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)]
+    return str(ranges[0]) if ranges else ""
+
+
+def test_the_table_of_qsm_has_every_field_with_its_presets_and_range():
+    rows = list(table(DOCS / "algorithms" / "qsm.md", "field", "official"))
+    assert [row["field"] for row in rows] == [f.name for f in dataclasses.fields(qs.QSM)]
+    default, official = qs.QSM(), qs.QSM(preset="official")
+    for row in rows:
+        name = row["field"]
+        assert row["default"] == str(getattr(default, name)), name
+        assert (row["official"] or row["default"]) == str(getattr(official, name)), name
+        assert row["range"] == limits(qs.QSM, name), name
+        assert row["meaning"], name
+
+
+@pytest.mark.parametrize(
+    "kind, page, prefix",
+    [(qs.Settings, "runs.md", "--"), (qs.Host, "environments/host.md", "--environment.")],
+    ids=["Settings", "Host"],
+)
+def test_the_table_of_a_configuration_has_every_field(kind, page, prefix):
+    rows = {row["field"]: row for row in table(DOCS / page, "flag", "field", "default")}
+    assert list(rows) == [field.name for field in dataclasses.fields(kind)]
+    for field in dataclasses.fields(kind):
+        row = rows[field.name]
+        if field.default is dataclasses.MISSING:  # positional on the command line
+            continue
+        assert row["flag"] == prefix + field.name.replace("_", "-")
+        assert row["default"] == str(field.default), field.name
+        assert row["range"] == limits(kind, field.name), field.name
+
+
+def test_the_table_of_metrics_is_what_qsm_reports():
+    spec = qs.Spec(obs_size=3, action_size=2, dt=0.1)
+    batch = replay.empty_rows(spec, 4)
+    reported: set[str] = set()
+    for target in ("gradient", "normalized", "posterior"):
+        algorithm = qs.QSM(target=target, hidden=(4, 4))
+
+        def metrics(key, algorithm=algorithm):
+            return algorithm.update(algorithm.init(spec, key=key), batch, key=key)[1]
+
+        reported |= set(jax.eval_shape(metrics, jr.key(0)))
+    rows = {row["metric"] for row in table(DOCS / "algorithms" / "qsm.md", "metric", "formula")}
+    assert rows == reported | {"episode_return"}
+
+
+@pytest.fixture(scope="module")
+def flags() -> dict[str, set[str]]:
+    """The flags of every command, from its own help."""
+    found = {}
+    for command in (["train", "qsm", "Pendulum-v1"], *([name] for name in cli.SIMPLE)):
+        with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as done:
+            cli.main([*command, "--help"])
+        assert done.value.code == 0
+        found[command[0]] = set(FLAG.findall(out.getvalue()))
+    assert found["train"] >= {"--steps", "--algorithm.temperature", "--environment.num-envs"}
+    return found
+
+
+def commands(page: Path) -> Iterator[tuple[bool, list[str]]]:
+    """(whether it is complete, its words) of every `qscore ...` of a page."""
+    for line in itertools.chain.from_iterable(map(str.splitlines, blocks(page, "bash"))):
+        for part in line.split("&&"):
+            words = shlex.split(part.removeprefix("uv run "), comments=True)
+            if words[:1] == ["qscore"]:
+                yield True, words[1:]
+    for span in spans(page):
+        if span.startswith("qscore "):
+            yield False, shlex.split(span)[1:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_exists_with_its_flags(page, flags):
+    for complete, (command, *rest) in commands(page):
+        text = f"qscore {command} {' '.join(rest)}"
+        if command in ("COMMAND", "--version"):
+            continue
+        assert command in flags, text
+        used = {word.partition("=")[0] for word in rest if word.startswith("--")}
+        assert used <= flags[command], text
+        if complete and command == "train":
+            algorithm, environment, *options = rest
+            assert algorithm in qs.ALGORITHMS, text
+            assert environment in gym.registry or environment.startswith("dm_control/"), text
+            if "--algorithm.preset" in options:
+                qs.QSM(preset=options[options.index("--algorithm.preset") + 1])  # pyright: ignore
+    every = set.union(*flags.values())
+    for span in spans(page):
+        if page.parent != ROOT and span.startswith("--"):
+            assert span.split()[0].removesuffix("*") in every | {"--algorithm.", "--environment."}
+
+
+def anchors(page: Path) -> set[str]:
+    """The ids that the headings of a page get."""
+    headings = re.findall(r"^#+ +(.*?) *$", prose(page), re.MULTILINE)
+    plain = [re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings]
+    return {re.sub(r"[-\s]+", "-", heading) for heading in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_internal_links_and_paths_resolve(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", prose(page))
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target), link
+    for span in spans(page):
+        if re.match(r"(src|tests|docs)/", span) and "<" not in span:
+            assert (ROOT / span).exists(), span
+
+
+def test_the_version_is_the_same_everywhere():
+    assert f"version: {version('qscore')}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"## [{version('qscore')}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_size_of_a_transition_is_as_documented():
+    assert "`4 * (2 * obs + act + 3) + 1` bytes" in (DOCS / "runs.md").read_text()
+    for obs, act in ((3, 1), (17, 6)):
+        row = replay.empty_rows(qs.Spec(obs_size=obs, action_size=act, dt=1.0), 1)
+        size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(row))
+        assert size == 4 * (2 * obs + act + 3) + 1
