@@ -59,14 +59,21 @@ def table(page: Path, *columns: str) -> Iterator[dict[str, str]]:
 
 
 def run_python(page: Path) -> None:
-    """Execute a page's Python blocks in order, as one module."""
+    """Execute a page's Python blocks in order, as one module.
+
+    Without the compiler's optimisations: compiling is most of what these short programs cost.
+    """
     module = types.ModuleType(f"docs_{page.stem}")
     sys.modules[module.__name__] = module  # dataclasses look themselves up
     registered = set(gym.registry)
+    jax.config.update("jax_disable_most_optimizations", True)
     try:
-        for block in blocks(page, "python"):
-            exec(compile(block, str(page), "exec"), module.__dict__)
+        for match in FENCE.finditer(page.read_text()):
+            if match[2] == "python":
+                above = "\n" * (page.read_text()[: match.start(3)].count("\n"))  # true line numbers
+                exec(compile(above + match[3], str(page), "exec"), module.__dict__)
     finally:
+        jax.config.update("jax_disable_most_optimizations", False)
         del sys.modules[module.__name__]
         for id in set(gym.registry) - registered:
             del gym.registry[id]
@@ -87,7 +94,7 @@ def first_run(tmp_path_factory) -> Path:
 
 
 def keys(value: Any) -> set[str]:
-    """Every key of nested JSON, but for seeds, file names and what a dataclass's table documents."""
+    """Every key of nested JSON, but for seeds and file names."""
     if not isinstance(value, dict):
         return set()
     plain = {key for key in value if not key.isdecimal() and not key.endswith(".npz")}
@@ -189,7 +196,7 @@ def commands(page: Path) -> Iterator[tuple[bool, list[str]]]:
     """(whether it is complete, its words) of every `qscore ...` of a page."""
     for line in itertools.chain.from_iterable(map(str.splitlines, blocks(page, "bash"))):
         for part in line.split("&&"):
-            words = shlex.split(part.removeprefix("uv run "), comments=True)
+            words = shlex.split(re.sub(r"^(python3 -m )?uv run ", "", part.strip()), comments=True)
             if words[:1] == ["qscore"]:
                 yield True, words[1:]
     for span in spans(page):

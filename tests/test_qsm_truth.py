@@ -1,6 +1,7 @@
 """QSM against NumPy and against the Boltzmann density that it claims to sample."""
 
 import dataclasses
+import functools
 
 import equinox as eqx
 import jax
@@ -85,6 +86,7 @@ def perturbed(network, key):
     return jax.tree.unflatten(treedef, noisy)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def random_critics(spec, key):
     init_key, noise_key = jr.split(key)
     keys = jr.split(init_key, 2)
@@ -92,6 +94,7 @@ def random_critics(spec, key):
     return perturbed(critics, noise_key)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def random_batch(spec, rows, key):
     obs_key, action_key, reward_key, next_key = jr.split(key, 4)
     return Transition(
@@ -188,9 +191,9 @@ def test_regression_target_is_the_critics_gradient(target, prediction, normaliza
     if target == "normalized":
         mutants["without sigma"] = expected(mean, sigma_factor=1.0)
     for name, wrong in mutants.items():
-        # such a slip moves the targets by a good part of their size; the tolerance is 1e-4 of it
+        # a hundred times the tolerance above; clipping to the box hides most of some slips
         error = np.mean(np.abs(wrong - wide(actual))) / np.mean(np.abs(wide(actual)))
-        assert error > 0.05, name
+        assert error > 0.01, name
 
 
 @pytest.mark.parametrize(("updates", "kept"), [(0, 0.0), (LATER, 0.995)])
@@ -216,43 +219,55 @@ def test_a_flat_critic_asks_for_no_noise():
 
 
 def test_posterior_target_is_the_mean_by_quadrature():
-    spec, temperature = Spec(obs_size=3, action_size=1, dt=0.05), 0.1
+    spec, temperature, draws = Spec(obs_size=3, action_size=1, dt=0.05), 0.2, 4096
     settings = {
         "target": "posterior",
         "normalization": "none",
         "schedule": "cosine",
         "noise_levels": 10,
         "temperature": temperature,
-        "posterior_samples": 4096,
+        "posterior_samples": draws,
     }
     critics, batch = random_critics(spec, jr.key(3)), random_batch(spec, ROWS, jr.key(4))
     key = jr.key(5)
     by_action = actor_batch(QSM(prediction="action", **settings), critics, batch, key=key)
     by_noise = actor_batch(QSM(prediction="noise", **settings), critics, batch, key=key)
-    noised, level, clean = (wide(output) for output in by_action[:3])
+    noised, clean = wide(by_action[0]), wide(by_action[2])
     alpha, sigma = marginal(QSM(**settings), by_action[1])
 
     def quadrature(edge, strength):
-        """E[a_0 | a_t] under exp(strength Q / temperature) on [-edge, edge]."""
+        """E[a_0 | a_t] under exp(strength Q / temperature) on [-edge, edge].
+
+        And the standard error of its estimate by `draws` weighted samples of strength 0: with p the
+        density and q the one drawn from, its square is sum p^2 / q (a - mean)^2 / draws.
+        """
         grid = np.linspace(-edge, edge, 4001)
         obs = np.repeat(wide(batch.obs)[:, None], grid.size, axis=1)
         action = np.broadcast_to(grid[None, :, None], (ROWS, grid.size, 1))
         q = np.mean([numpy_q(critic, obs, action) for critic in unstack(critics)], axis=0)
-        log_weight = strength * q / temperature - (noised - alpha * grid) ** 2 / (2.0 * sigma**2)
-        weight = np.exp(log_weight - log_weight.max(axis=1, keepdims=True))
-        return (weight @ grid / weight.sum(axis=1))[:, None]
+        kernel = -((noised - alpha * grid) ** 2) / (2.0 * sigma**2)
 
-    # 4096 draws of spread at most 0.6, of which a quarter count after weighting: 0.02 a row at most
-    error = clean - quadrature(1.0, 1.0)
-    assert np.max(np.abs(error)) < 0.05
-    assert np.sqrt(np.mean(error**2)) < 0.015
+        def normalized(log_weight):
+            weight = np.exp(log_weight - log_weight.max(axis=1, keepdims=True))
+            return weight / weight.sum(axis=1, keepdims=True)
+
+        drawn, weight = normalized(kernel), normalized(kernel + strength * q / temperature)
+        mean = weight @ grid
+        square = (grid - mean[:, None]) ** 2 * weight**2 / np.maximum(drawn, 1e-300)
+        return mean[:, None], np.sqrt(square.sum(axis=1, keepdims=True) / draws)
+
+    truth, error = quadrature(1.0, 1.0)
+    z = (clean - truth) / error
+    # 64 standard normal numbers, but for float32 and the bias of self-normalisation
+    assert np.max(np.abs(z)) < 5.0
+    assert 0.7 < np.sqrt(np.mean(z**2)) < 1.3
     for name, wrong in {
         "downhill": quadrature(1.0, -1.0),
         "without the critic": quadrature(1.0, 0.0),
         "half the temperature": quadrature(1.0, 2.0),
         "outside of the box": quadrature(3.0, 1.0),
     }.items():
-        assert np.sqrt(np.mean((clean - wrong) ** 2)) > 0.06, name
+        assert np.sqrt(np.mean(((clean - wrong[0]) / error) ** 2)) > 5.0, name
     # both predictions say the same thing
     np.testing.assert_array_equal(noised, wide(by_noise[0]))
     noise = (noised - alpha * clean) / sigma
@@ -315,82 +330,85 @@ BOLTZMANN = QSM(
     normalization="none",
     clip="clean",
     temperature=1.0,
-    noise_levels=100,
-    posterior_samples=32,
+    # self-normalised weights lean to where they are drawn from: 32 would leave 3% of the variance
+    posterior_samples=128,
     hidden=(32, 32),
-    batch_size=256,
 )
 DRAWS = 8192
 
 
-@pytest.fixture(scope="module")
-def trained_samples():
-    """critics -> samples of the trained chain at the observations -1 and 1: `[2, DRAWS]`.
+@functools.cache
+def actor_trainer(levels, steps, rows):
+    """(critics, key) -> samples of the trained chain at the observations -1 and 1: `[2, DRAWS]`.
 
     Only the actor is trained, on actions drawn uniformly from the box.
     """
-    optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, 3000))
+    algorithm = dataclasses.replace(BOLTZMANN, noise_levels=levels)
+    optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, steps))
 
     def train(critics, key):
         init_key, loop_key, sample_key = jr.split(key, 3)
-        actor = ScoreNetwork(1, 1, BOLTZMANN.hidden, key=init_key)
+        actor = ScoreNetwork(1, 1, algorithm.hidden, key=init_key)
 
         def step(carry, key):
+            actor, opt_state = carry
             batch_key, actor_key = jr.split(key)
-            batch = random_batch(LINE, BOLTZMANN.batch_size, batch_key)
-            batch = eqx.tree_at(lambda b: b.obs, batch, jnp.sign(batch.obs))
-            noised, level, target, _, _ = BOLTZMANN._actor_batch(
+            batch = random_batch(LINE, rows, batch_key)
+            batch = dataclasses.replace(batch, obs=jnp.sign(batch.obs))
+            noised, level, target, _, _ = algorithm._actor_batch(
                 critics, jnp.zeros(()), jnp.zeros((), jnp.int32), batch, key=actor_key
             )
+            inputs = (batch.obs, noised, level, target)
             actor, opt_state, _ = gradient_step(
-                score_loss,
-                carry[0],
-                optimizer,
-                carry[1],
-                batch.obs,
-                noised,
-                level,
-                target,
-                levels=100,
+                score_loss, actor, optimizer, opt_state, *inputs, levels=levels
             )
             return (actor, opt_state), None
 
         carry = (actor, optimizer.init(actor))
-        (actor, _), _ = jax.lax.scan(step, carry, jr.split(loop_key, 3000))
-        keys = jr.split(sample_key, (2, DRAWS))
-        obs = jnp.array([[-1.0], [1.0]])
+        (actor, _), _ = jax.lax.scan(step, carry, jr.split(loop_key, steps))
 
         def sample(obs, key):
-            return BOLTZMANN.sample(actor, obs, key=key)
+            return algorithm.sample(actor, obs, key=key, noise_scale=1.0)
 
+        obs, keys = jnp.array([[-1.0], [1.0]]), jr.split(sample_key, (2, DRAWS))
         return jax.vmap(jax.vmap(sample, (None, 0)))(obs, keys)[..., 0]
 
-    compiled = jax.jit(train)
-    return lambda critics, key: np.asarray(compiled(critics, key), np.float64)
+    return jax.jit(train)
 
 
-def test_quadratic_critic_gives_its_truncated_gaussian(trained_samples):
-    # Q / tau = -(a - 0.3 s)^2 / (2 0.3^2): 1% of the Gaussian lies beyond the box
-    spread, shift = 0.3, 0.3
-    critics = frozen_critics([0.0, 0.0, -0.5 / spread**2, 0.0, 0.0], shift)
-    samples = trained_samples(critics, jr.key(8))
-    for row, mode in zip(samples, (-shift, shift), strict=True):
-        truth = stats.truncnorm((-1.0 - mode) / spread, (1.0 - mode) / spread, mode, spread)
-        # 5%: a hundred levels leave 3% of the variance, the draws 1.6% (one standard error)
-        assert abs(row.mean() / truth.mean() - 1.0) < 0.05
-        assert abs(row.var() / truth.var() - 1.0) < 0.05
+@pytest.mark.parametrize(
+    ("levels", "steps", "rows", "tolerance"),
+    [
+        # the chain's variance is 4% off, a short training's up to as much again
+        (50, 2000, 128, 0.1),
+        # the chain's is 2% off, and the standard error of 16384 draws 1%
+        pytest.param(100, 5000, 512, 0.05, marks=pytest.mark.slow),
+    ],
+)
+def test_quadratic_critic_gives_its_truncated_gaussian(levels, steps, rows, tolerance):
+    # Q / tau = -(a - 0.3 s)^2 / (2 0.35^2): 2% of the Gaussian lies beyond the box
+    spread, mode = 0.35, 0.3
+    critics = frozen_critics([0.0, 0.0, -0.5 / spread**2, 0.0, 0.0], mode)
+    samples = np.asarray(actor_trainer(levels, steps, rows)(critics, jr.key(8)), np.float64)
+    truth = stats.truncnorm((-1.0 - mode) / spread, (1.0 - mode) / spread, mode, spread)
+    # the two observations are mirror images
+    folded = np.concatenate([-samples[0], samples[1]])
+    assert abs(folded.mean() / truth.mean() - 1.0) < tolerance
+    assert abs(folded.var() / truth.var() - 1.0) < tolerance
+    assert abs(samples[0].mean() + samples[1].mean()) < 2.0 * tolerance * truth.mean()
 
 
-def test_two_modes_keep_their_mass(trained_samples):
+def test_two_modes_keep_their_mass():
     # Q / tau = -35 (a^2 - 0.5^2)^2: modes at -0.5 and 0.5, a ninth as likely in between
     critics = frozen_critics([-35.0, 0.0, 2 * 35.0 * 0.25, 0.0, -35.0 * 0.25**2], 0.0)
-    samples = trained_samples(critics, jr.key(9))
+    samples = np.asarray(actor_trainer(50, 2000, 128)(critics, jr.key(9)), np.float64)
     grid = np.linspace(-1.0, 1.0, 4001)
     density = np.exp(-35.0 * (grid**2 - 0.25) ** 2)
     size = density @ np.abs(grid) / density.sum()
     for row in samples:
         assert 0.35 < np.mean(row > 0.0) < 0.65
-        assert abs(np.abs(row).mean() / size - 1.0) < 0.05
+        # the modes stand where they should: the mean |a|, with the tolerance of a short training
+        assert abs(np.abs(row).mean() / size - 1.0) < 0.1
 
 
 # What the critics are regressed onto ---------------------------------------------------------------
@@ -504,7 +522,7 @@ MANY, FEW_LEVELS, MANY_LEVELS = 4096, 5, 50
 
 
 def shapes(levels):
-    algorithm = QSM(target="normalized", noise_levels=levels, hidden=(64, 64))
+    algorithm = QSM(target="normalized", noise_levels=levels, hidden=(256, 256))
     state = jax.eval_shape(lambda: algorithm.init(SPEC, key=jr.key(0)))
     batch = jax.eval_shape(lambda: random_batch(SPEC, MANY, jr.key(0)))
     return algorithm, state, batch
@@ -512,7 +530,7 @@ def shapes(levels):
 
 def forward_flops():
     """One evaluation of the denoiser on every row, its codes given."""
-    return MANY * 2 * (SPEC.action_size * 64 + 64 * 64 + 64 * SPEC.action_size)
+    return MANY * 2 * (SPEC.action_size * 256 + 256 * 256 + 256 * SPEC.action_size)
 
 
 def actor_flops(levels):

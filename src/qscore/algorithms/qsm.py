@@ -141,7 +141,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "target": "normalized",
         "prediction": "action",
         "schedule": "cosine",
-        "variance": "beta",
+        "variance": "posterior",
         "normalization": "batch",
         "clip": "clean",
         "target_chain_noise": 0.0,
