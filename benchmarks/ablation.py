@@ -20,20 +20,32 @@ import numpy as np
 from qscore import QSM, Host
 from qscore.train_host import Session
 
-# what the parts are measured against: the default preset without the averaged actor, and with it
-PLAIN = {"average_rate": 1.0}
+# The prototype that the search began from, then the steps that led to the default preset.
+START = {
+    "variance": "beta",
+    "average_rate": 1.0,
+    "actor_lr": 3e-4,
+    "critic_lr": 3e-4,
+    "warmup_steps": 5_000,
+}
+AVERAGED = START | {"average_rate": 0.005}
+FAST = {"variance": "beta"}
 VARIANTS: dict[str, dict[str, Any]] = {
+    "start": START,
+    "start, temperature 0.05": START | {"temperature": 0.05},
+    "start, noise prediction": START | {"prediction": "noise"},
+    "start, VP schedule": START | {"schedule": "vp"},
+    "start, posterior variance": START | {"variance": "posterior"},
+    "averaged actor": AVERAGED,
+    "averaged actor, temperature 0.2": AVERAGED | {"temperature": 0.2},
+    "averaged actor, T = 10": AVERAGED | {"noise_levels": 10},
+    "averaged actor, steps 1e-3, warm-up 2000": FAST,
     "default": {},
-    "T = 10": {"noise_levels": 10},
-    "temperature 0.2": {"temperature": 0.2},
-    "noise in the target's chain": {"target_chain_noise": 1.0},
-    "running gradient scale": {"normalization": "running"},
-    "target posterior": {"target": "posterior"},
-    "no averaged actor": PLAIN,
-    "no averaged actor, posterior variance": PLAIN | {"variance": "posterior"},
-    "no averaged actor, temperature 0.05": PLAIN | {"temperature": 0.05},
-    "no averaged actor, noise prediction": PLAIN | {"prediction": "noise"},
-    "no averaged actor, VP schedule": PLAIN | {"schedule": "vp"},
+    "default, temperature 0.05": {"temperature": 0.05},
+    "default, noise in the target's chain": {"target_chain_noise": 1.0},
+    "default, running gradient scale": {"normalization": "running"},
+    "default, target posterior": {"target": "posterior"},
+    "default, no averaged actor": {"average_rate": 1.0},
 }
 
 
@@ -51,11 +63,10 @@ def measure(environment: str, steps: int, seed: int, every: int, fields: dict[st
 
 def table(results: dict[str, Any]) -> str:
     """The last evaluation of every variant and seed, as Markdown."""
-    lines = ["| variant | changed | last return, one per seed |", "|---|---|---|"]
+    lines = ["| variant | last return, one per seed |", "|---|---|"]
     for name, runs in results["variants"].items():
-        changed = ", ".join(f"`{k}={v}`" for k, v in VARIANTS[name].items()) or "nothing"
-        last = ", ".join(f"{list(curve.values())[-1]:.0f}" for curve in runs.values())
-        lines.append(f"| {name} | {changed} | {last} |")
+        last = [f"{list(curve.values())[-1]:.0f} (seed {seed})" for seed, curve in runs.items()]
+        lines.append(f"| {name} | {', '.join(last)} |")
     return "\n".join(lines)
 
 

@@ -1,0 +1,166 @@
+"""Probe environments: tasks so small that the value of everything is known.
+
+Every registered algorithm learns them from random actions, through the replay buffer and the
+training chunk. Each probe adds one difficulty to the one before it, so the first that fails names
+what is broken: the loss, the observation, the bootstrap, the action gradient, or both together.
+
+A critic is read from the state's `critics`, a stack of networks of an observation and an action.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from qscore import ALGORITHMS, Spec, Transition
+from qscore.train import init_runner, train_chunk
+
+SPEC = Spec(obs_size=1, action_size=1, dt=0.1)
+ROWS, UPDATES, DISCOUNT = 512, 1500, 0.8
+
+# What every algorithm is given where it has the field: small, quick to learn, quick to forget.
+SETTINGS = {
+    "discount": DISCOUNT,
+    "hidden": (32, 32),
+    "batch_size": 64,
+    "actor_lr": 3e-3,
+    "critic_lr": 3e-3,
+    "target_rate": 0.05,
+    "average_rate": 0.05,
+}
+
+Q_TOLERANCE = 0.1  # of values of order one, by a small network after 1500 small batches
+ACTION_TOLERANCE = 0.15  # the widest policy here keeps a spread of 0.2 around its best action
+
+
+@functools.cache
+def learner(name):
+    """The algorithm, and its whole training as one compiled function of the transitions."""
+    kind = ALGORITHMS[name]
+    fields = {field.name for field in dataclasses.fields(kind)}
+    algorithm = kind(**{field: value for field, value in SETTINGS.items() if field in fields})
+
+    @jax.jit
+    def learn(rows, init_key, update_key):
+        runner = init_runner(algorithm, SPEC, ROWS, key=init_key)
+        runner, _, finite = train_chunk(
+            algorithm, runner, rows, jnp.int32(ROWS), jnp.int32(UPDATES), key=update_key
+        )
+        return runner.agent, finite
+
+    @jax.jit
+    def act(agent, obs, key):
+        """The mean of 64 actions at one observation, exploration off."""
+        carry = algorithm.init_carry(SPEC)
+        one = functools.partial(algorithm.act, agent, carry, obs, explore=False)
+        return jnp.mean(jax.vmap(lambda key: one(key=key)[0])(jr.split(key, 64)))
+
+    return learn, act
+
+
+class Learned:
+    """What an algorithm makes of a batch of transitions."""
+
+    def __init__(self, name, rows):
+        learn, self._act = learner(name)
+        self.agent, finite = learn(rows, jr.key(0), jr.key(1))
+        assert finite
+
+    def q(self, obs, action):
+        values = jax.vmap(lambda critic: critic(jnp.float32([obs]), jnp.float32([action])))(
+            self.agent.critics
+        )
+        return float(jnp.mean(values))
+
+    def action(self, obs):
+        return float(self._act(self.agent, jnp.float32([obs]), jr.key(2)))
+
+
+def transitions(obs, action, reward, next_obs, terminated):
+    """A buffer of one-dimensional transitions; numbers are repeated over its rows."""
+
+    def column(values, dtype):
+        return jnp.asarray(np.broadcast_to(np.asarray(values, dtype), (ROWS,)))
+
+    return Transition(
+        obs=column(obs, np.float32)[:, None],
+        action=column(action, np.float32)[:, None],
+        reward=column(reward, np.float32),
+        next_obs=column(next_obs, np.float32)[:, None],
+        terminated=column(terminated, bool),
+        time=jnp.zeros(ROWS),
+        dt=jnp.full(ROWS, SPEC.dt),
+    )
+
+
+RANDOM = np.random.default_rng(0)
+ACTIONS = RANDOM.uniform(-1.0, 1.0, ROWS)
+SIGNS = RANDOM.choice([-1.0, 1.0], ROWS)
+PLACES = [-0.8, 0.0, 0.8]  # actions at which a critic is read
+
+
+@pytest.fixture(params=list(ALGORITHMS))
+def name(request):
+    return request.param
+
+
+def test_one_step_of_constant_reward(name):
+    learned = Learned(name, transitions(0.0, ACTIONS, 1.0, 0.0, True))
+    for action in PLACES:
+        assert abs(learned.q(0.0, action) - 1.0) < Q_TOLERANCE
+
+
+def test_reward_that_is_the_observation(name):
+    learned = Learned(name, transitions(SIGNS, ACTIONS, SIGNS, 0.0, True))
+    for obs in (-1.0, 1.0):
+        for action in PLACES:
+            assert abs(learned.q(obs, action) - obs) < Q_TOLERANCE
+
+
+def test_reward_of_the_second_step_is_discounted(name):
+    second = SIGNS > 0.0  # the first step leads to the second, the second ends with reward 1
+    learned = Learned(name, transitions(second, ACTIONS, second, ~second, second))
+    for action in PLACES:
+        assert abs(learned.q(1.0, action) - 1.0) < Q_TOLERANCE
+        assert abs(learned.q(0.0, action) - DISCOUNT) < Q_TOLERANCE
+
+
+def test_policy_goes_where_the_reward_is(name):
+    learned = Learned(name, transitions(0.0, ACTIONS, 1.0 - (ACTIONS - 0.3) ** 2, 0.0, True))
+    for action in [*PLACES, 0.3]:
+        assert abs(learned.q(0.0, action) - (1.0 - (action - 0.3) ** 2)) < Q_TOLERANCE
+    assert abs(learned.action(0.0) - 0.3) < ACTION_TOLERANCE
+
+
+def test_policy_reads_the_observation(name):
+    best = 0.5 * SIGNS
+    learned = Learned(name, transitions(SIGNS, ACTIONS, 1.0 - (ACTIONS - best) ** 2, 0.0, True))
+    for obs in (-1.0, 1.0):
+        for action in PLACES:
+            assert abs(learned.q(obs, action) - (1.0 - (action - 0.5 * obs) ** 2)) < Q_TOLERANCE
+        assert abs(learned.action(obs) - 0.5 * obs) < ACTION_TOLERANCE
+
+
+def test_critic_follows_the_policys_own_next_action(name):
+    # The first step costs and pays nothing; the second pays for being near 0.3. Random actions
+    # earn 0.58 there and the policy nearly 1, and the first step is worth what the policy earns.
+    second = SIGNS > 0.0
+    reward = second * (1.0 - (ACTIONS - 0.3) ** 2)
+    learned = Learned(name, transitions(second, ACTIONS, reward, ~second, second))
+    for action in PLACES:
+        assert learned.q(0.0, action) > DISCOUNT * 0.85
+        assert learned.q(0.0, action) < DISCOUNT * 1.0 + Q_TOLERANCE
+
+
+def test_time_limit_is_not_a_death(name):
+    # Reward 1 per step for ever. A time limit cuts the recording, and `terminated` stays False; the
+    # same rows with `terminated` are worth one step only, which is what mistaking the two would give.
+    forever = Learned(name, transitions(0.0, ACTIONS, 1.0, 0.0, False))
+    ended = Learned(name, transitions(0.0, ACTIONS, 1.0, 0.0, True))
+    for action in PLACES:
+        assert abs(forever.q(0.0, action) - 1.0 / (1.0 - DISCOUNT)) < 5.0 * Q_TOLERANCE
+        assert abs(ended.q(0.0, action) - 1.0) < Q_TOLERANCE
