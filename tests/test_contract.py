@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import re
@@ -352,13 +353,15 @@ def test_out_of_range_is_refused_by_name(kind, rule):
 @pytest.mark.parametrize(("kind", "rule"), fields_of(lambda rule: True))
 def test_wrong_type_is_refused_by_name(kind, rule):
     for value in rule.of_wrong_type():
-        with pytest.raises(ValueError, match=f"^`{rule.name}` must be .*got {re.escape(repr(value))}"):
+        got = re.escape(repr(value))
+        with pytest.raises(ValueError, match=f"^`{rule.name}` must be .*got {got}"):
             build(kind, **{rule.name: value})
 
 
 @pytest.mark.parametrize(("kind", "rule"), fields_of(lambda rule: rule.choices))
 def test_unknown_choice_is_refused_with_the_known_ones(kind, rule):
-    with pytest.raises(ValueError, match=f"^`{rule.name}` must be one of .*got 'nonsense'") as caught:
+    message = f"^`{rule.name}` must be one of .*got 'nonsense'"
+    with pytest.raises(ValueError, match=message) as caught:
         build(kind, **{rule.name: "nonsense"})
     assert all(repr(choice) in str(caught.value) for choice in rule.choices)
 
@@ -376,28 +379,25 @@ def test_ends_of_the_range_are_accepted(kind, rule):
 
 def field_docs(kind):
     """The docstring under each field of a dataclass, from its source."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body
-    docs = {}
-    for field, below in zip(body, [*body[1:], None], strict=True):
-        if isinstance(field, ast.AnnAssign):
-            text = below.value.value if is_text(below) else ""
-            docs[field.target.id] = " ".join(text.split())
-    return docs
-
-
-def is_text(statement):
-    return (
-        isinstance(statement, ast.Expr)
-        and isinstance(statement.value, ast.Constant)
-        and isinstance(statement.value.value, str)
+    body = next(
+        node.body
+        for node in ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+        if isinstance(node, ast.ClassDef)
     )
+    docs = {}
+    for field, below in itertools.zip_longest(body, body[1:]):
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(str(text))):
+                docs[name] = " ".join(text.split())
+    return docs
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_every_field_is_documented_with_its_range(kind):
     docs = field_docs(kind)
     for rule in rules(kind):
-        assert len(docs[rule.name]) > 10, f"{rule.name} has no docstring"
+        assert rule.name in docs, f"{rule.name} has no docstring"
+        assert len(docs[rule.name].split()) > 2, f"{rule.name} says nothing"
         if rule.bounds is not None:
             assert str(rule.bounds) in docs[rule.name], f"{rule.name} lies in {rule.bounds}"
 

@@ -1,4 +1,4 @@
-"""Schedules, the forward marginal, the denoising loss and the sampler, against NumPy and closed forms."""
+"""Schedules, marginals, the denoising loss and the sampler, against NumPy and closed forms."""
 
 import jax
 import jax.numpy as jnp

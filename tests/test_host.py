@@ -181,5 +181,7 @@ def test_every_task_has_a_time_limit():
     endless = Host("Endless-v0").open()
     endless.reset(0)
     assert endless.spec.horizon == 1000.0  # a step of a task that does not say is one second
+    Endless.metadata = {"render_modes": [], "render_fps": 50}
+    assert Host("Endless-v0").open().spec.dt == 0.02
     assert [endless.step(np.zeros(1)).truncated for _ in range(1000)].index(True) == 999
     del gym.registry["Endless-v0"]

@@ -364,7 +364,7 @@ def actor_trainer(levels, steps, rows):
             )
             return (actor, opt_state), None
 
-        carry = (actor, optimizer.init(actor))
+        carry = (actor, optimizer.init(actor))  # pyright: ignore[reportArgumentType]
         (actor, _), _ = jax.lax.scan(step, carry, jr.split(loop_key, steps))
 
         def sample(obs, key):
@@ -411,7 +411,7 @@ def test_two_modes_keep_their_mass():
         assert abs(np.abs(row).mean() / size - 1.0) < 0.1
 
 
-# What the critics are regressed onto ---------------------------------------------------------------
+# What the critics are regressed onto --------------------------------------------------------------
 
 
 def numpy_chain(schedule, network, obs):

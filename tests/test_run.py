@@ -232,6 +232,34 @@ def test_a_finished_run_can_be_extended(tmp_path):
         qs.resume(shorter, steps=100)
 
 
+def test_the_step_of_an_interrupt_can_become_the_end(tmp_path, monkeypatch):
+    advance = train_host.Session.advance
+
+    def interrupting(session, until):
+        advance(session, until)
+        if session.env_steps == 150:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train_host.Session, "advance", interrupting)
+    with pytest.raises(qs.Interrupted):
+        small_run(tmp_path / "run")
+    monkeypatch.undo()
+    run = qs.resume(tmp_path / "run", steps=150, progress=False)
+    assert run.summary["env_steps"] == 150
+    assert lines(run.folder, "evals")[-1]["env_steps"] == 150
+
+
+def test_resume_refuses_what_train_refuses(tmp_path):
+    run = small_run(tmp_path / "run", task=qs.Host("Pendulum-v1", num_envs=2), steps=100)
+    with pytest.raises(qs.UsageError, match=r"multiple of `environment.num_envs`, 2; got 201"):
+        qs.resume(run.folder, steps=201)
+    config = (run.folder / "config.json").read_text()
+    (run.folder / "config.json").write_text(config.replace("Pendulum-v1", "Gone-v1"))
+    for use in (qs.resume, qs.evaluate, qs.load):
+        with pytest.raises(qs.UsageError, match="unknown environment 'Gone-v1'"):
+            use(run.folder)
+
+
 def test_a_flipped_byte_is_named_and_the_checkpoint_before_is_used(tmp_path, capsys):
     whole = small_run(tmp_path / "whole").folder
     folder = small_run(tmp_path / "run").folder

@@ -14,7 +14,7 @@ import numpy as np
 
 from qscore import checkpoint, train_host
 from qscore.environments import EnvironmentFailure
-from qscore.errors import UsageError
+from qscore.errors import RunStopped, UsageError
 from qscore.folder import Run, Settings, as_usage_error, environment_name
 from qscore.statistics import summarize
 from qscore.train_host import Policy, evaluation_policy, with_best_of
@@ -50,7 +50,7 @@ def load(folder: str | os.PathLike, *, seed: int | None = None) -> LoadedPolicy:
     """The policy of one seed (the first unless given) at a run's newest intact checkpoint."""
     run = Run.open(folder)
     seed = run.settings.seed_start if seed is None else seed
-    task = run.environment.open()
+    task = as_usage_error(run.environment.open)
     agents = _load_agents(run, task.spec, [seed])
     low, high = task.action_bounds
     task.close()
@@ -81,7 +81,7 @@ def evaluate(
         raise UsageError(f"`video` must end in .mp4 or .gif, got {str(video)!r}.")
     if best_of != 1:  # refused before anything is opened
         as_usage_error(lambda: with_best_of(run.algorithm, best_of))
-    task = run.environment.open()
+    task = as_usage_error(run.environment.open)
     tasks = [task] + [
         run.environment.open() for _ in range(min(episodes, train_host.EVAL_ROWS) - 1)
     ]
@@ -96,7 +96,11 @@ def evaluate(
         ]
         return [returns for returns, _ in results], [lengths for _, lengths in results]
 
-    per_seed, lengths = play(1)
+    try:
+        per_seed, lengths = play(1)
+        best = play(best_of)[0] if best_of != 1 else []
+    except EnvironmentFailure as error:
+        raise RunStopped(f"the environment failed: {error}") from error
     flat = [value for returns in per_seed for value in returns]
     result = {
         "returns": flat,
@@ -109,7 +113,7 @@ def evaluate(
     }
     if best_of != 1:
         result["best_of"] = best_of
-        result["returns_best_of"] = [value for returns in play(best_of)[0] for value in returns]
+        result["returns_best_of"] = [value for returns in best for value in returns]
     for each in tasks:
         each.close()
     if video is not None:

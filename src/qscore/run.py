@@ -77,12 +77,7 @@ def train(
     if settings.eval_every is None:
         twentieth = max(1, steps // (20 * rows)) * rows
         settings = dataclasses.replace(settings, eval_every=twentieth)
-    for name in ("steps", "eval_every", "log_every"):
-        if getattr(settings, name) % rows:
-            raise UsageError(
-                f"`{name}` must be a multiple of `environment.num_envs`, {rows}; "
-                f"got {getattr(settings, name)}."
-            )
+    _check_multiples(settings, rows)
     if algorithm.warmup_steps >= steps and progress:
         print(
             f"warning: nothing will be learned: all {steps} steps are random warm-up "
@@ -117,12 +112,15 @@ def resume(folder: str | os.PathLike, *, steps: int | None = None, progress: boo
         done = (checkpoint.steps(run.checkpoints) or [0])[-1]
         if steps < done:
             raise UsageError(f"`steps` is {steps}, but the run has already done {done}.")
-        run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, steps=steps))
+        settings = as_usage_error(lambda: dataclasses.replace(run.settings, steps=steps))
+        _check_multiples(settings, run.environment.num_envs)
+        run = dataclasses.replace(run, settings=settings)
     differing = [
         f"{name} {old} -> {installed_versions().get(name)}"
         for name, old in run.versions.items()
         if installed_versions().get(name) != old
     ]
+    as_usage_error(run.environment.open).close()
     loop = _Loop(run, progress=progress)
     if differing:
         loop.bar.warn(f"versions differ, numbers may too: {', '.join(differing)}")
@@ -134,6 +132,16 @@ def resume(folder: str | os.PathLike, *, steps: int | None = None, progress: boo
         raise
     loop.go()
     return run
+
+
+def _check_multiples(settings: Settings, rows: int) -> None:
+    """Steps are counted in whole steps of all the environments together."""
+    for name in ("steps", "eval_every", "log_every"):
+        if getattr(settings, name) % rows:
+            raise UsageError(
+                f"`{name}` must be a multiple of `environment.num_envs`, {rows}; "
+                f"got {getattr(settings, name)}."
+            )
 
 
 class _Loop:
@@ -217,6 +225,11 @@ class _Loop:
         assert eval_every is not None  # `train` fills it
         if self.log is None:
             self.log = RunLog(self.run.folder)
+            self._checkpoint()
+        if self.env_steps < settings.steps:
+            (self.run.folder / "summary.json").unlink(missing_ok=True)  # of a shorter run
+        elif self.env_steps % eval_every:  # an interrupt's checkpoint is now the end
+            self._evaluate(pool)
             self._checkpoint()
         clock = time.perf_counter()
         while self.env_steps < settings.steps:

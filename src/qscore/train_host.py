@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from qscore import replay, train
+from qscore import replay
 from qscore.algorithms.base import Algorithm
 from qscore.environments.base import Environment, Episodic
+from qscore.train import Runner, init_runner, train_chunk
 from qscore.types import Key, Spec, State, Transition
 
 CHUNK = 50
@@ -24,12 +25,12 @@ CHUNK = 50
 
 @lru_cache
 def compiled_chunk(algorithm: Algorithm, spec: Spec, capacity: int, rows: int) -> Any:
-    """`train.train_chunk` for blocks of `rows` transitions, compiled once for all seeds."""
+    """`train_chunk` for blocks of `rows` transitions, compiled once for all seeds."""
 
     def chunk(runner, block, count, updates, key):
-        return train.train_chunk(algorithm, runner, block, count, updates, key=key)
+        return train_chunk(algorithm, runner, block, count, updates, key=key)
 
-    runner = jax.eval_shape(lambda: train.init_runner(algorithm, spec, capacity, key=jr.key(0)))
+    runner = jax.eval_shape(lambda: init_runner(algorithm, spec, capacity, key=jr.key(0)))
     block = jax.eval_shape(lambda: replay.empty_rows(spec, rows))
     integer = jax.ShapeDtypeStruct((), jnp.int32)
     lowered = jax.jit(chunk, donate_argnums=0).lower(runner, block, integer, integer, jr.key(0))
@@ -224,7 +225,7 @@ class Session:
         self._explore = exploration_policy(algorithm, self.spec, len(self.tasks))
         self._evaluation = evaluation_policy(algorithm, self.spec)
         self._chunk = compiled_chunk(algorithm, self.spec, self.capacity, self.chunk)
-        self.runner = train.init_runner(algorithm, self.spec, self.capacity, key=init_key)
+        self.runner = init_runner(algorithm, self.spec, self.capacity, key=init_key)
 
         rows = len(self.tasks)
         self.env_steps = 0
@@ -335,7 +336,7 @@ class Session:
             ),
             arrays["replay"],
         )
-        self.runner = train.Runner(
+        self.runner = Runner(
             agent=jax.tree.map(jnp.array, arrays["agent"]),
             replay=replay.Replay(data, jnp.array(arrays["added"])),
             updates=jnp.array(arrays["updates"]),

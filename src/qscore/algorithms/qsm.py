@@ -27,11 +27,12 @@ the box, w = softmax(Q(s, a_0^i) / (tau c)). The second is its limit for little 
 Deviations of the default preset from the paper: (1) the target is "normalized", not "gradient";
 (2) the network predicts the clean action, and is regressed onto the clean action that eps* implies,
 clipped to the action box, which bounds the regression however large the gradient; (3) cosine
-schedule; (4) the chain inside the critic's target carries no noise (smoothing noise is added to its
-end), and neither does the chain at evaluation; (5) both of those run a running average of the
-actor; (6) larger step sizes and a shorter random warm-up. `preset="official"` undoes all six and is
-the published algorithm as its released code computes it, in that code's order: the critics, then
-the actor against the new critics.
+schedule, and reverse steps with the variance of q(a_{t-1} | a_t, a_0) rather than beta_t; (4) the
+chain inside the critic's target carries no noise (smoothing noise is added to its end), and neither
+does the chain at evaluation; (5) both of those run a running average of the actor; (6) larger step
+sizes and a shorter random warm-up. `preset="official"` undoes all six and is the published
+algorithm as its released code computes it, in that code's order: the critics, then the actor
+against the new critics. Only the width differs, (512, 512) there: see `hidden`.
 """
 
 from dataclasses import dataclass
@@ -115,9 +116,9 @@ def posterior_mean(
     center = noised / schedule.alpha[level]
     width = schedule.sigma[level] / schedule.alpha[level]
     lower, upper = (-1.0 - center) / width, (1.0 - center) / width
-    z = jr.truncated_normal(key, lower, upper, (samples, noised.shape[0]))
+    z = jr.truncated_normal(key, lower[None], upper[None], (samples, noised.shape[0]))
     # in the far tail the sampler's inverse error function saturates: the box is imposed again
-    candidates = jnp.clip(center + width * z, -1.0, 1.0)
+    candidates = jnp.clip(center[None] + width * z, -1.0, 1.0)
     q = jax.vmap(lambda action: mean_q(critics, obs, action))(candidates)
     weight = jax.nn.softmax(q / temperature)
     return weight @ candidates, 1.0 / jnp.sum(weight**2)

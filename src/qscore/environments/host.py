@@ -12,6 +12,7 @@ import difflib
 import importlib.util
 import io
 import logging
+import math
 import os
 import sys
 import warnings
@@ -70,7 +71,7 @@ class HostTask:
         self.name = config.id
         env = _make(config, render_mode)
         native_dt = dt = _control_step(env)
-        if config.dt is not None:
+        if config.dt is not None and not math.isclose(config.dt, native_dt):
             env = _set_dt(env, config, native_dt, render_mode)
             dt = _control_step(env)
         self._reward_scale = dt / native_dt
@@ -240,9 +241,11 @@ def _time_limit(env: gym.Env) -> int | None:
 
 
 def _control_step(env: gym.Env) -> float:
-    """The control step in seconds; 1 where the environment does not say."""
-    dt = getattr(env.unwrapped, "dt", None)
-    return float(dt() if callable(dt) else dt) if dt is not None else 1.0  # pyright: ignore[reportArgumentType]
+    """The control step in seconds: the task's `dt`, else a frame of its video, else 1."""
+    dt: Any = getattr(env.unwrapped, "dt", None)
+    if dt is None:
+        return 1.0 / env.metadata.get("render_fps", 1.0)
+    return float(dt() if callable(dt) else dt)  # pyright: ignore[reportArgumentType]
 
 
 def _set_dt(env: gym.Env, config: Host, native_dt: float, render_mode: str | None) -> gym.Env:
