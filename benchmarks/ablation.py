@@ -20,16 +20,10 @@ import numpy as np
 from qscore import QSM, Host
 from qscore.train_host import Session
 
-# The prototype that the search began from, then the steps that led to the default preset.
-START = {
-    "variance": "beta",
-    "average_rate": 1.0,
-    "actor_lr": 3e-4,
-    "critic_lr": 3e-4,
-    "warmup_steps": 5_000,
-}
-AVERAGED = START | {"average_rate": 0.005}
-FAST = {"variance": "beta"}
+# The prototype that the search began from, then the steps that led away from it.
+START = {"average_rate": 1.0, "warmup_steps": 5_000}
+AVERAGED = {"warmup_steps": 5_000}
+FAST = {"actor_lr": 1e-3, "critic_lr": 1e-3}
 VARIANTS: dict[str, dict[str, Any]] = {
     "start": START,
     "start, temperature 0.05": START | {"temperature": 0.05},
@@ -39,13 +33,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "averaged actor": AVERAGED,
     "averaged actor, temperature 0.2": AVERAGED | {"temperature": 0.2},
     "averaged actor, T = 10": AVERAGED | {"noise_levels": 10},
-    "averaged actor, steps 1e-3, warm-up 2000": FAST,
+    "steps 1e-3": FAST,
+    "steps 1e-3, posterior variance": FAST | {"variance": "posterior"},
+    "steps 1e-3, posterior variance, temperature 0.05": FAST
+    | {"variance": "posterior", "temperature": 0.05},
+    "steps 1e-3, noise in the target's chain": FAST | {"target_chain_noise": 1.0},
     "default": {},
-    "default, temperature 0.05": {"temperature": 0.05},
-    "default, noise in the target's chain": {"target_chain_noise": 1.0},
-    "default, running gradient scale": {"normalization": "running"},
-    "default, target posterior": {"target": "posterior"},
-    "default, no averaged actor": {"average_rate": 1.0},
+    "noise in the target's chain": {"target_chain_noise": 1.0},
+    "running gradient scale": {"normalization": "running"},
+    "target posterior": {"target": "posterior"},
 }
 
 

@@ -151,6 +151,7 @@ RUNNING, LATER = (
         ("normalized", "noise", "batch", lambda size: size),
         ("normalized", "action", "running", lambda size: RUNNING + 0.005 * (size - RUNNING)),
     ],
+    ids=lambda value: "" if callable(value) else value,
 )
 def test_regression_target_is_the_critics_gradient(target, prediction, normalization, unit):
     algorithm = QSM(
@@ -482,6 +483,40 @@ def test_critics_learn_from_the_target_critics_at_the_policys_next_action():
         "bootstrapping through death": expected(state.average_actor, target, np.min, 1.0),
     }.items():
         assert np.mean(np.abs(wrong - y)) > 0.01, name
+
+
+def test_update_moves_followers_by_their_rate_and_the_actor_against_the_new_critics():
+    algorithm = QSM(
+        target="normalized",
+        normalization="running",
+        target_rate=0.01,
+        average_rate=0.2,
+        critic_lr=1e-3,
+        hidden=HIDDEN,
+    )
+    update = quick_jit(lambda state, batch, key: algorithm.update(state, batch, key=key))
+    start = quick_jit(lambda key: algorithm.init(SPEC, key=key))(jr.key(14))
+    batch = random_batch(SPEC, ROWS, jr.key(15))
+    once, first = update(start, batch, jr.key(16))
+    twice, second = update(once, batch, jr.key(17))
+
+    def followed(network, follower, rate):
+        return jax.tree.map(lambda new, old: rate * new + (1.0 - rate) * old, network, follower)
+
+    for before, after in ((start, once), (once, twice)):
+        assert_close(after.target_critics, followed(after.critics, before.target_critics, 0.01))
+        assert_close(after.average_actor, followed(after.actor, before.average_actor, 0.2))
+    assert (int(once.updates), int(twice.updates)) == (1, 2)
+
+    # `gradient_scale` of a state is the running mean of the metric of that name
+    assert_close(once.gradient_scale, first["gradient_scale"])
+    running = 0.995 * once.gradient_scale + 0.005 * second["gradient_scale"]
+    assert_close(twice.gradient_scale, running)
+
+    # rewards reach the actor's gradient only through the critics' step, in the same update
+    other = dataclasses.replace(batch, reward=batch.reward - 10.0)
+    _, changed = update(start, other, jr.key(16))
+    assert abs(changed["gradient_scale"] - first["gradient_scale"]) > 1e-4
 
 
 # What it costs ------------------------------------------------------------------------------------

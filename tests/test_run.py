@@ -185,23 +185,28 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, monkeypatch, task, moment):
 
 @pytest.mark.slow
 def test_a_process_killed_by_the_system_resumes_bit_for_bit(tmp_path):
-    whole = small_run(tmp_path / "whole", steps=600, seeds=2).folder
-    folder = tmp_path / "killed"
-    fields = [f"--algorithm.{k}={v}" for k, v in SMALL.items() if k != "hidden"]
-    start = [
-        *("train", "qsm", "Pendulum-v1", "--steps=600", "--seeds=2", f"--out={folder}"),
-        *("--eval-every=100", "--eval-episodes=2", "--log-every=50", *fields),
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    settings = [
+        *("--steps=600", "--seeds=2", "--eval-every=100", "--eval-episodes=2", "--log-every=50"),
+        *(f"--algorithm.{name.replace('_', '-')}={SMALL[name]}" for name in list(SMALL)[1:]),
         *("--algorithm.hidden", "16", "16"),
     ]
-    for arguments in (start, ["resume", str(folder)]):
+
+    def command(*arguments):  # every run in a process of its own, as this one checks its types
+        return subprocess.Popen([sys.executable, "-m", "qscore", *map(str, arguments)])
+
+    start = ("train", "qsm", "Pendulum-v1", *settings, "--out")
+    uninterrupted = command(*start, whole)
+    for arguments in ((*start, folder), ("resume", folder)):
         before = len(lines(folder, "evals")) if folder.exists() else 0
-        process = subprocess.Popen([sys.executable, "-m", "qscore", *arguments])
+        process = command(*arguments)
         while process.poll() is None:  # until it has written one more evaluation
             time.sleep(0.02)
             if (folder / "evals.jsonl").exists() and len(lines(folder, "evals")) > before:
                 process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    qs.resume(folder, progress=False)
+    assert command("resume", folder).wait() == 0
+    assert uninterrupted.wait() == 0
     assert_same_run(whole, folder)
 
 

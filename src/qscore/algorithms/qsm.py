@@ -27,12 +27,12 @@ the box, w = softmax(Q(s, a_0^i) / (tau c)). The second is its limit for little 
 Deviations of the default preset from the paper: (1) the target is "normalized", not "gradient";
 (2) the network predicts the clean action, and is regressed onto the clean action that eps* implies,
 clipped to the action box, which bounds the regression however large the gradient; (3) cosine
-schedule, and reverse steps with the variance of q(a_{t-1} | a_t, a_0) rather than beta_t; (4) the
-chain inside the critic's target carries no noise (smoothing noise is added to its end), and neither
-does the chain at evaluation; (5) both of those run a running average of the actor; (6) larger step
-sizes and a shorter random warm-up. `preset="official"` undoes all six and is the published
-algorithm as its released code computes it, in that code's order: the critics, then the actor
-against the new critics. Only the width differs, (512, 512) there: see `hidden`.
+schedule; (4) the chain inside the critic's target carries no noise (smoothing noise is added to its
+end), and neither does the chain at evaluation; (5) both of those run a running average of the
+actor; (6) the actor's step size is constant and the random warm-up shorter. `preset="official"`
+undoes all six and is the published algorithm as its released code computes it, in that code's
+order: the critics, then the actor against the new critics. Only the width differs, (512, 512)
+there: see `hidden`.
 """
 
 from dataclasses import dataclass
@@ -142,14 +142,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "target": "normalized",
         "prediction": "action",
         "schedule": "cosine",
-        "variance": "posterior",
         "normalization": "batch",
         "clip": "clean",
         "target_chain_noise": 0.0,
         "eval_chain_noise": 0.0,
         "average_rate": 0.005,
-        "actor_lr": 1e-3,
-        "critic_lr": 1e-3,
         "actor_decay_steps": None,
         "warmup_steps": 2_000,
     },
@@ -157,14 +154,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "target": "gradient",
         "prediction": "noise",
         "schedule": "vp",
-        "variance": "beta",
         "normalization": "none",
         "clip": "sample",
         "target_chain_noise": 1.0,
         "eval_chain_noise": 1.0,
         "average_rate": 1.0,
-        "actor_lr": 3e-4,
-        "critic_lr": 3e-4,
         "actor_decay_steps": 2_000_000,
         "warmup_steps": 10_000,
     },
@@ -185,7 +179,7 @@ class QSM:
     """What the network outputs: the noise in its input, or the clean action."""
     schedule: Literal["vp", "cosine", "linear"] = preset_field()
     """Noise schedule of the diffusion chain."""
-    variance: Literal["beta", "posterior"] = preset_field()
+    variance: Literal["beta", "posterior"] = "beta"
     """Variance of each reverse step: beta_t, or that of q(a_{t-1} | a_t, a_0)."""
     clip: Literal["clean", "sample"] = preset_field()
     """What is kept in [-1, 1] inside the chain: the clean estimate, or each intermediate action."""
@@ -220,9 +214,9 @@ class QSM:
     average_rate: Annotated[float, Range(0, 1, low_open=True)] = preset_field()
     """Weight of the new parameters in the actor's running average, in (0, 1], per update. The
     average makes the critic's next action and acts when not exploring; 1 is no averaging."""
-    actor_lr: Annotated[float, Range(0, low_open=True)] = preset_field()
+    actor_lr: Annotated[float, Range(0, low_open=True)] = 3e-4
     """Adam's step size for the actor, in (0, inf)."""
-    critic_lr: Annotated[float, Range(0, low_open=True)] = preset_field()
+    critic_lr: Annotated[float, Range(0, low_open=True)] = 3e-4
     """Adam's step size for the critics, in (0, inf)."""
     actor_decay_steps: Annotated[int | None, Range(1)] = preset_field()
     """Updates over which the actor's step size falls to zero on a cosine, in [1, inf); None is
