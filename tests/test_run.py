@@ -88,6 +88,18 @@ def arrays(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(newest.glob("*.npz"))}
 
 
+def interrupt_at(step: int, monkeypatch) -> None:
+    """Press Ctrl-C when a session has taken `step` steps."""
+    advance = train_host.Session.advance
+
+    def interrupting(session, until):
+        advance(session, until)
+        if session.env_steps == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train_host.Session, "advance", interrupting)
+
+
 def assert_same_run(one: Path, two: Path) -> None:
     assert lines(one, "evals") == lines(two, "evals")
     assert lines(one, "metrics") == lines(two, "metrics")
@@ -212,14 +224,7 @@ def test_a_process_killed_by_the_system_resumes_bit_for_bit(tmp_path):
 
 def test_an_interrupt_writes_a_checkpoint_and_the_run_goes_on_from_it(tmp_path, monkeypatch):
     whole = small_run(tmp_path / "whole").folder
-    advance = train_host.Session.advance
-
-    def interrupting(session, until):
-        advance(session, until)
-        if session.env_steps == 150:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(train_host.Session, "advance", interrupting)
+    interrupt_at(150, monkeypatch)
     with pytest.raises(qs.Interrupted, match=r"at 150 of 300 steps.*qscore resume .*cut"):
         small_run(tmp_path / "cut")
     monkeypatch.undo()
@@ -238,14 +243,7 @@ def test_a_finished_run_can_be_extended(tmp_path):
 
 
 def test_the_step_of_an_interrupt_can_become_the_end(tmp_path, monkeypatch):
-    advance = train_host.Session.advance
-
-    def interrupting(session, until):
-        advance(session, until)
-        if session.env_steps == 150:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(train_host.Session, "advance", interrupting)
+    interrupt_at(150, monkeypatch)
     with pytest.raises(qs.Interrupted):
         small_run(tmp_path / "run")
     monkeypatch.undo()
