@@ -35,7 +35,7 @@ OUTSIDE = {
 SILENCING = {"ctypes", "io", "logging", "os", "sys"}
 """What host environments need to silence libraries, and to choose how those render."""
 
-MATHEMATICS = {f"qscore.{name}" for name in ("diffusion", "sde", "martingale", "lq")}
+MATHEMATICS = {f"qscore.{name}" for name in ("diffusion", "sde", "martingale", "lq", "riccati")}
 
 BANNED = {"PRNGKey": "jax.random.key", "rng": "key"}
 """Names that are never written, and what is written instead."""

@@ -1,5 +1,6 @@
 """qscore: reinforcement learning with score-based policies, in discrete and in continuous time."""
 
+from qscore import lq as lq
 from qscore.algorithms import ALGORITHMS as ALGORITHMS
 from qscore.algorithms import QSM as QSM
 from qscore.algorithms import Algorithm as Algorithm

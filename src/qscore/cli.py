@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import tyro
 
-from qscore import bench, playback, run
+from qscore import bench, lq, playback, run
 from qscore.algorithms import ALGORITHMS
 from qscore.environments import ENVIRONMENTS, environment_class
 from qscore.environments.host import known_ids
@@ -67,6 +67,20 @@ class List:
 
 
 @dataclass(frozen=True)
+class Lq:
+    """Solve a linear-quadratic problem in closed form, or evaluate a linear score on it."""
+
+    problem: tyro.conf.Positional[Path]
+    """The problem, a JSON file."""
+    at: float | None = None
+    """Time in seconds, in [0, T], of a problem with a terminal reward; None is 0."""
+    score: Path | None = None
+    """A score {"K": .., "k": ..} to evaluate; K and k of the result are then the greedy ones."""
+    json: bool = False
+    """Print one JSON value on stdout."""
+
+
+@dataclass(frozen=True)
 class Plot:
     """Draw the evaluations of runs into one figure."""
 
@@ -94,6 +108,7 @@ USAGE = """usage: qscore COMMAND ...
   resume RUN                    continue a run, bit for bit
   eval RUN                      evaluate, film: qscore eval runs/first --video policy.mp4
   list                          the algorithms and environments
+  lq solve PROBLEM.json         the closed form of a linear-quadratic problem
   plot RUN... --out FILE        learning curves of runs
   bench                         speed on this machine
 
@@ -130,6 +145,10 @@ def _dispatch(args: list[str]) -> None:
         print(version("qscore"))
     elif command == "train":
         _train(rest)
+    elif command == "lq":
+        if rest and rest[0] not in ("solve", "-h", "--help"):
+            raise UsageError(unknown("lq command", rest[0], ["solve"]))
+        _lq(_parse(Lq, "qscore lq solve", rest[1:] if rest[:1] == ["solve"] else rest))
     elif command in SIMPLE:
         request, carry_out = SIMPLE[command]
         carry_out(_parse(request, f"qscore {command}", rest))
@@ -266,6 +285,48 @@ def _list(asked: List) -> None:
             print(f"  {name}")
 
 
+def _lq(asked: Lq) -> None:
+    problem = _read(asked.problem, lq.Problem.from_json)
+    if asked.at is not None and problem.terminal is None:
+        raise UsageError(f"--at {asked.at:g} needs a problem with a `terminal`; it has none.")
+    at = asked.at or 0.0
+    try:
+        if asked.score is None:
+            solution = lq.solve(problem, at=at)
+        else:
+            K, k = _read(asked.score, problem.read_score)
+            solution = lq.evaluate(problem, K, k, at=at)
+    except ValueError as error:
+        raise UsageError(f"{asked.problem}: {error}") from error
+    if asked.json:
+        print(solution.to_json())
+        return
+    horizon = "infinite horizon" if problem.terminal is None else f"T = {problem.terminal.T:g} s"
+    print(
+        f"{problem.state_size} state and {problem.action_size} action components, {horizon}\n"
+        + ("Q = -1/2 z'Pz + p'z + c, optimal" if asked.score is None else "Q of the given score")
+        + ("" if problem.terminal is None else f", at t = {at:g} s")
+    )
+    for name, value in json.loads(solution.to_json()).items():
+        rows = value if name in "PK" else [value if isinstance(value, list) else [value]]
+        for i, row in enumerate(rows):
+            print(f"{name if i == 0 else '':<10}" + " ".join(f"{number:14.8g}" for number in row))
+
+
+def _read(path: Path, parse: Callable[[str], T]) -> T:
+    """What a JSON file holds; every failure names the file."""
+    try:
+        return parse(path.read_text())
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not a text file.") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UsageError(f"{path} is not valid JSON: {error}.") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
 def _plot(asked: Plot) -> None:
     labels = {str(folder): read_evals(Run.open(folder).folder) for folder in asked.run}
     try:
@@ -287,6 +348,7 @@ SIMPLE: dict[str, tuple[type, Callable[[Any], None]]] = {
     "resume": (Resume, _resume),
     "eval": (Eval, _eval),
     "list": (List, _list),
+    "lq": (Lq, _lq),
     "plot": (Plot, _plot),
     "bench": (Bench, _bench),
 }
