@@ -84,6 +84,20 @@ def test_the_algorithm_and_the_environment_of_the_extending_page_work():
     run_python(DOCS / "extending.md")
 
 
+def test_the_linear_quadratic_page_shows_what_the_command_prints(capsys):
+    page = DOCS / "lq.md"
+    run_python(page)
+    capsys.readouterr()
+    problem = ROOT / "examples" / "lq" / "unstable.json"
+    assert json.loads(blocks(page, "json")[0]) == json.loads(problem.read_text())
+    cli.main(["lq", "solve", str(problem)])
+    printed = capsys.readouterr().out.splitlines()
+    shown = next(text for text in blocks(page, "text") if "abscissa" in text).splitlines()
+    assert [line for line in printed if "residual" not in line] == [
+        line for line in shown if "residual" not in line
+    ]
+
+
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory) -> Path:
     """The run folder that the Python of the starting page makes."""

@@ -334,7 +334,9 @@ def admissible(problem: Problem, K: Float[np.ndarray, "a z"]) -> bool:
 
 def admissible_gain(problem: Problem) -> Float[np.ndarray, "a z"]:
     """Some admissible K. Raises `Unsolvable` where there is none."""
-    return _stabilize(problem, _equation(problem))[:, :-1] / math.sqrt(problem.score_cost)
+    with _named_failures(problem):
+        gain = _stabilize(problem, _equation(problem))
+    return gain[:, :-1] / math.sqrt(problem.score_cost)
 
 
 def average_value(
@@ -510,6 +512,12 @@ def _stabilize(problem: Problem, equation: riccati.Equation) -> np.ndarray:
         return riccati.stabilize(equation)
     except riccati.NotStabilizable as failure:
         least = failure.abscissa
+    if not equation.S[:, :-1, :-1].any():
+        raise Unsolvable(
+            f"not stabilisable to working precision: `B` hardly reaches a mode of `A` with real "
+            f"part {0.5 * least + half:.6g}, which grows at least like e^(beta t/2), beta/2 = "
+            f"{half:g}."
+        )
     state_noise = equation.S.copy()
     state_noise[:, :, problem.state_size : -1] = 0.0
     try:
