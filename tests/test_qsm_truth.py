@@ -428,8 +428,10 @@ def numpy_chain(schedule, network, obs):
     return np.clip(noised, -1.0, 1.0)
 
 
-def test_critics_learn_from_the_target_critics_at_the_policys_next_action():
+@pytest.mark.parametrize("pessimism", [0.0, 0.25, 1.0])
+def test_critics_learn_from_the_target_critics_at_the_policys_next_action(pessimism):
     algorithm = QSM(
+        pessimism=pessimism,
         prediction="noise",
         schedule="cosine",
         clip="clean",
@@ -461,13 +463,14 @@ def test_critics_learn_from_the_target_critics_at_the_policys_next_action():
     obs, action, next_obs = wide(batch.obs), wide(batch.action), wide(batch.next_obs)
     online, target = unstack(state.critics), unstack(state.target_critics)
 
-    def expected(actor, critics, reduce, alive):
+    def expected(actor, critics, alive, pessimism=pessimism):
         next_action = numpy_chain(algorithm.noise_schedule(), wide(actor), next_obs)
-        next_q = reduce([numpy_q(critic, next_obs, next_action) for critic in critics], axis=0)
+        a, b = (numpy_q(critic, next_obs, next_action) for critic in critics)
+        next_q = (a + b) / 2 - pessimism * np.abs(a - b) / 2
         return wide(batch.reward) + 0.9 * alive * next_q
 
     alive = 1.0 - wide(batch.terminated)
-    y = expected(state.average_actor, target, np.min, alive)
+    y = expected(state.average_actor, target, alive)
     tolerance = {"loosen": 20.0, "why": "a chain of five networks and divisions by alpha"}
     assert_close(metrics["q_target"], y, **tolerance)
     loss = sum((numpy_q(critic, obs, action) - y) ** 2 for critic in online)
@@ -477,10 +480,10 @@ def test_critics_learn_from_the_target_critics_at_the_policys_next_action():
         np.asarray(metrics["q_target"])[ended], np.asarray(batch.reward)[ended]
     )
     for name, wrong in {
-        "the online critics": expected(state.average_actor, online, np.min, alive),
-        "the mean of the critics": expected(state.average_actor, target, np.mean, alive),
-        "the actor itself, not its average": expected(state.actor, target, np.min, alive),
-        "bootstrapping through death": expected(state.average_actor, target, np.min, 1.0),
+        "the online critics": expected(state.average_actor, online, alive),
+        "optimism": expected(state.average_actor, target, alive, pessimism - 1.0),
+        "the actor itself, not its average": expected(state.actor, target, alive),
+        "bootstrapping through death": expected(state.average_actor, target, 1.0),
     }.items():
         assert np.mean(np.abs(wrong - y)) > 0.01, name
 
@@ -634,6 +637,7 @@ def test_official_preset_is_the_released_code():
         "exploration_noise": 0.1,
         "eval_chain_noise": 1.0,
         "best_of": 1,
+        "pessimism": 1.0,  # the smaller of two critics
         "discount": 0.99,
         "target_rate": 0.005,
         "average_rate": 1.0,  # the released actor has no average

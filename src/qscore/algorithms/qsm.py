@@ -9,7 +9,9 @@ the critic; only the denoiser is differentiated, never the sampling chain:
 which is the iteration Psi <- alpha grad_a Q of the paper, written for a
 denoiser. The critics learn by one-step Q-learning on the policy's own next action,
 
-    y = r + gamma (1 - terminated) min_i Qbar_i(s', a'),    a' ~ denoising chain at s'.
+    y = r + gamma (1 - terminated) [(1 - p) mean_i + p min_i] Qbar_i(s', a'),
+
+with a' from the denoising chain at s' and p the `pessimism`.
 
 What the denoiser should say is `target`, written here as the noise it should predict (predicting
 eps is having the score -eps / sigma_t), with g = grad_a mean_i Q_i at the *noised* action a_t:
@@ -29,10 +31,11 @@ Deviations of the default preset from the paper: (1) the target is "normalized",
 clipped to the action box, which bounds the regression however large the gradient; (3) cosine
 schedule; (4) the chain inside the critic's target carries no noise (smoothing noise is added to its
 end), and neither does the chain at evaluation; (5) both of those run a running average of the
-actor; (6) the actor's step size is constant and the random warm-up shorter. `preset="official"`
-undoes all six and is the published algorithm as its released code computes it, in that code's
-order: the critics, then the actor against the new critics. Only the width differs, (512, 512)
-there: see `hidden`.
+actor; (6) the critics' mean makes the target, not their minimum; (7) exploration adds more noise,
+the random warm-up is shorter, the step sizes are larger and the actor's is constant.
+`preset="official"` undoes all seven and is the published algorithm as its released code computes
+it, in that code's order: the critics, then the actor against the new critics. Only the width
+differs, (512, 512) there: see `hidden`.
 """
 
 from dataclasses import dataclass
@@ -145,10 +148,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "normalization": "batch",
         "clip": "clean",
         "target_chain_noise": 0.0,
+        "exploration_noise": 0.3,
         "eval_chain_noise": 0.0,
+        "pessimism": 0.0,
         "average_rate": 0.005,
+        "actor_lr": 5e-4,
+        "critic_lr": 5e-4,
         "actor_decay_steps": None,
-        "warmup_steps": 2_000,
+        "warmup_steps": 3_000,
     },
     "official": {
         "target": "gradient",
@@ -157,8 +164,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "normalization": "none",
         "clip": "sample",
         "target_chain_noise": 1.0,
+        "exploration_noise": 0.1,
         "eval_chain_noise": 1.0,
+        "pessimism": 1.0,
         "average_rate": 1.0,
+        "actor_lr": 3e-4,
+        "critic_lr": 3e-4,
         "actor_decay_steps": 2_000_000,
         "warmup_steps": 10_000,
     },
@@ -200,7 +211,7 @@ class QSM:
     target_action_noise: Annotated[float, Range(0)] = 0.1
     """Standard deviation of the noise added to that action, in [0, inf), unit: half the action
     range."""
-    exploration_noise: Annotated[float, Range(0)] = 0.1
+    exploration_noise: Annotated[float, Range(0)] = preset_field()
     """Standard deviation of the noise added to explored actions, in [0, inf), same unit."""
     eval_chain_noise: Annotated[float, Range(0, 1)] = preset_field()
     """Scale of the noise inside the chain when not exploring, in [0, 1]; 0 is deterministic."""
@@ -209,14 +220,16 @@ class QSM:
     training never uses it."""
     discount: Annotated[float, Range(0, 1, high_open=True)] = 0.99
     """Discount factor per environment step, in [0, 1)."""
+    pessimism: Annotated[float, Range(0, 1)] = preset_field()
+    """How far the critic's target goes from the critics' mean to their minimum, in [0, 1]."""
     target_rate: Annotated[float, Range(0, 1, low_open=True)] = 0.005
     """Weight of the new parameters when the target critics follow, in (0, 1], per update."""
     average_rate: Annotated[float, Range(0, 1, low_open=True)] = preset_field()
     """Weight of the new parameters in the actor's running average, in (0, 1], per update. The
     average makes the critic's next action and acts when not exploring; 1 is no averaging."""
-    actor_lr: Annotated[float, Range(0, low_open=True)] = 3e-4
+    actor_lr: Annotated[float, Range(0, low_open=True)] = preset_field()
     """Adam's step size for the actor, in (0, inf)."""
-    critic_lr: Annotated[float, Range(0, low_open=True)] = 3e-4
+    critic_lr: Annotated[float, Range(0, low_open=True)] = preset_field()
     """Adam's step size for the critics, in (0, inf)."""
     actor_decay_steps: Annotated[int | None, Range(1)] = preset_field()
     """Updates over which the actor's step size falls to zero on a cosine, in [1, inf); None is
@@ -356,7 +369,9 @@ class QSM:
             state.target_critics
         )
         alive = 1.0 - batch.terminated.astype(jnp.float32)
-        target = batch.reward + self.discount * alive * jnp.min(next_q, axis=0)
+        mean, least = jnp.mean(next_q, axis=0), jnp.min(next_q, axis=0)
+        value = (1.0 - self.pessimism) * mean + self.pessimism * least
+        target = batch.reward + self.discount * alive * value
 
         critics, critic_opt, metrics = gradient_step(
             critic_loss,
