@@ -31,12 +31,21 @@ class Spec:
     - `action_size`: length of the action vector; every component lies in [-1, 1].
     - `dt`: nominal control step in seconds.
     - `horizon`: length of an episode's time limit in seconds, or None where there is none.
+    - `clock`: what the last components of the observation are, in seconds: `"time"` of the
+      episode (a finite horizon), `"dt"` that has passed since the last observation (irregular
+      steps). Empty for most tasks.
+    - `discount_rate` (1/s), `score_cost`, `action_noise` (a square matrix, 1/sqrt(s)): set by
+      tasks that prescribe them, for actions in [-1, 1]; None elsewhere.
     """
 
     obs_size: int
     action_size: int
     dt: float
     horizon: float | None = None
+    clock: tuple[str, ...] = ()
+    discount_rate: float | None = None
+    score_cost: float | None = None
+    action_noise: tuple[tuple[float, ...], ...] | None = None
 
 
 class Transition(eqx.Module):
