@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import jax
 import optax
+from jaxtyping import Array, Float
 
 from qscore.types import Metrics
 
@@ -28,6 +29,6 @@ def gradient_step(
     return optax.apply_updates(network, updates), opt_state, metrics  # pyright: ignore
 
 
-def move_target(network: Network, target: Network, rate: float) -> Network:
+def move_target(network: Network, target: Network, rate: float | Float[Array, ""]) -> Network:
     """`rate * network + (1 - rate) * target`: `rate` is the weight on the **new** parameters."""
     return optax.incremental_update(network, target, rate)  # pyright: ignore

@@ -1,0 +1,239 @@
+"""The martingale characterisation of Q, and estimators made from it.
+
+State and action follow SDEs, z = (x, a), da = Psi dt + sigma_a dB. A function Q is the value of the
+score Psi if and only if
+
+    M_s = e^{-beta s} Q(s, Z_s) + int_0^s e^{-beta u} (r - lambda/2 |Psi|^2) du
+
+is a martingale (CQSM, arXiv:2510.17122; Jia & Zhou 2022 for values). Its increment over a step of
+length dt, `increment` below, has mean zero given the past exactly for the right Q, so
+
+* *orthogonality*: E[xi dM] = 0 for every test function xi known at the step's start. With a Q that
+  is linear in features, those are linear equations, `LeastSquares`.
+* *martingale loss*: Q(t, Z_t) is the conditional mean of what the path earns from t on,
+  `to_go`; regressing on that is the projection of the true Q.
+
+dM is noise of order sqrt(dt) around a signal of order dt. Averages of xi dM therefore enter
+without any further dt: step sizes are then per second and one choice serves every dt. Minimising
+E[dM^2] does *not* find Q: as dt -> 0 that is the quadratic variation, least for a flat Q.
+Nothing here knows about reinforcement learning.
+"""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from qscore.types import AnyArray
+
+FLOOR = 0.1
+"""Least conditional variance that a weighted test function divides by, as a share of the mean."""
+
+
+def span(
+    discount_rate: Float[Array, ""] | float, dt: Float[AnyArray, "*shape"]
+) -> Float[AnyArray, "*shape"]:
+    """int_0^dt e^{-beta u} du in seconds: (1 - e^{-beta dt}) / beta, and dt for beta = 0."""
+    scaled = discount_rate * dt
+    small = jnp.abs(scaled) < 1e-6
+    ratio = -jnp.expm1(-scaled) / jnp.where(small, 1.0, scaled)
+    return dt * jnp.where(small, 1.0 - 0.5 * scaled, ratio)
+
+
+def increment(
+    q: Float[AnyArray, "*shape"],
+    q_next: Float[AnyArray, "*shape"],
+    reward_rate: Float[AnyArray, "*shape"],
+    penalty_rate: Float[AnyArray, "*shape"],
+    dt: Float[AnyArray, "*shape"],
+    *,
+    discount_rate: Float[Array, ""] | float,
+) -> Float[AnyArray, "*shape"]:
+    """dM = e^{-beta dt} Q' - Q + (r - penalty) (1 - e^{-beta dt}) / beta, exact for constant rates.
+
+    `penalty_rate` is lambda/2 |Psi|^2; both rates are averages over the step, per second.
+    """
+    earned = (reward_rate - penalty_rate) * span(discount_rate, dt)
+    return jnp.exp(-discount_rate * dt) * q_next - q + earned
+
+
+def to_go(
+    reward_rate: Float[AnyArray, " steps"],
+    penalty_rate: Float[AnyArray, " steps"],
+    terminal: Float[Array, ""],
+    dt: Float[AnyArray, " steps"],
+    *,
+    discount_rate: Float[Array, ""] | float,
+) -> Float[AnyArray, " steps"]:
+    """What a path earns from each of its steps on, discounted to that step: the regressand of the
+    martingale loss sum_k (to_go_k - Q(t_k, Z_k))^2 dt_k."""
+    earned = (reward_rate - penalty_rate) * span(discount_rate, dt)
+
+    def back(value, inputs):
+        now, length = inputs
+        value = now + jnp.exp(-discount_rate * length) * value
+        return value, value
+
+    return jax.lax.scan(back, terminal, (earned, dt), reverse=True)[1]
+
+
+def off_policy_rate(
+    score: Float[AnyArray, "*shape act"],
+    behaviour_score: Float[AnyArray, "*shape act"],
+    action_gradient: Float[AnyArray, "*shape act"],
+) -> Float[AnyArray, "*shape"]:
+    """(Psi - Psi_b) . grad_a Q: what must be added to the reward rate where the data's actions
+    followed the diffusion with score Psi_b, for the value of Psi (Ito's formula)."""
+    return jnp.sum((score - behaviour_score) * action_gradient, axis=-1)
+
+
+def traces(
+    gradients: Float[AnyArray, "steps params"],
+    dt: Float[AnyArray, " steps"],
+    *,
+    decay_rate: float,
+    discount_rate: float,
+) -> Float[AnyArray, "steps params"]:
+    """xi_k = sum_{j <= k} e^{-(kappa + beta) (t_k - t_j)} dQ/dtheta_j along one path.
+
+    The decay is per second. A constant factor per step would fade to the plain gradient as
+    dt -> 0. kappa -> inf is that gradient, kappa = 0 leads to the martingale loss's solution.
+    """
+    decay = jnp.exp(-(decay_rate + discount_rate) * dt)
+
+    def step(trace, inputs):
+        gradient, fade = inputs
+        trace = trace + gradient
+        return fade * trace, trace
+
+    return jax.lax.scan(step, jnp.zeros_like(gradients[0]), (gradients, decay))[1]
+
+
+def variance_weight(variance: Float[AnyArray, " batch"]) -> Float[AnyArray, " batch"]:
+    """1 / v, with v floored at a tenth of its mean: the efficient weight of an orthogonality
+    condition whose increment has the conditional variance v dt (Chamberlain 1987)."""
+    return 1.0 / jnp.maximum(variance, FLOOR * jnp.mean(variance))
+
+
+STEEP = 1.0
+"""1/s; how far above the growth rate of an inadmissible score the discount rate is put."""
+
+
+class LeastSquares(eqx.Module):
+    """Running sums of E[xi dM] = 0 for Q = theta . phi, per second, with forgetting.
+
+    - `loss`: E xi (phi - e^{-beta dt} phi')' / dt.
+    - `gram`: E xi phi'.
+    - `gain`: E xi (r - penalty) span / dt.
+    - `weight`: total weight in the sums.
+    """
+
+    loss: Float[Array, "params params"]
+    gram: Float[Array, "params params"]
+    gain: Float[Array, " params"]
+    weight: Float[Array, ""]
+
+    @staticmethod
+    def zeros(size: int) -> "LeastSquares":
+        """Nothing seen yet."""
+        square = (size, size)
+        return LeastSquares(jnp.zeros(square), jnp.zeros(square), jnp.zeros(size), jnp.zeros(()))
+
+
+def accumulate(
+    sums: LeastSquares,
+    test: Float[AnyArray, "batch params"],
+    phi: Float[AnyArray, "batch params"],
+    phi_next: Float[AnyArray, "batch params"],
+    net_rate: Float[AnyArray, " batch"],
+    dt: Float[AnyArray, " batch"],
+    *,
+    keep: Float[Array, ""],
+    discount_rate: Float[Array, ""] | float,
+) -> LeastSquares:
+    """Add a batch of steps; what was there counts `keep` times as much.
+
+    `net_rate` is the reward rate less the penalty rate.
+    """
+    rows = dt.shape[0]
+    # in the form of a difference: phi and phi' agree to O(sqrt(dt)), and float32 must see the rest
+    change = phi - phi_next - jnp.expm1(-discount_rate * dt)[:, None] * phi_next
+    gain = net_rate * span(discount_rate, dt) / dt
+    return LeastSquares(
+        loss=keep * sums.loss + test.T @ (change / dt[:, None]) / rows,
+        gram=keep * sums.gram + test.T @ phi / rows,
+        gain=keep * sums.gain + test.T @ gain / rows,
+        weight=keep * sums.weight + 1.0,
+    )
+
+
+class Fit(NamedTuple):
+    """A solution of the orthogonality equations.
+
+    - `growth_rate`: spectral abscissa, per second, of the estimated generator on the features.
+    - `discount_rate`: the rate the equations were solved at, see `solve`.
+    """
+
+    theta: Float[Array, " params"]
+    growth_rate: Float[Array, ""]
+    discount_rate: Float[Array, ""]
+
+
+def solve(
+    sums: LeastSquares,
+    *,
+    discount_rate: Float[Array, ""] | float,
+    finite_horizon: bool = False,
+    margin: Float[Array, ""] | float = 0.0,
+    ridge: float = 1e-6,
+) -> Fit:
+    """theta with E[xi dM] = 0, at the least discount rate at which the value is finite.
+
+    On features that the generator maps into their span (quadratic ones, for a linear process) the
+    estimated generator `beta - gram^-1 loss` says whether the present score is admissible: the
+    value is finite if and only if its growth rate is below beta. Where it is not, the equations
+    still have a solution, which means nothing. They are then solved at a discount rate `STEEP`
+    above the growth rate: the value of a more short-sighted problem, whose greedy score is a better
+    start for beta itself. Where the growth rate is within `margin` of beta, the value is finite but
+    not yet to be estimated, and the rate is raised to their sum. With a finite horizon every score
+    has a value, and nothing is changed. The first feature must be the constant.
+    """
+    size = sums.gram.shape[0]
+    # unit diagonal, so that the ridge means the same for every feature
+    unit = jax.lax.rsqrt(jnp.maximum(jnp.abs(jnp.diagonal(sums.gram)), 1e-30))
+    gram = unit[:, None] * sums.gram * unit[None] + ridge * jnp.eye(size)
+    loss = unit[:, None] * sums.loss * unit[None]
+    generator = discount_rate * jnp.eye(size) - jnp.linalg.solve(gram, loss)
+    # the constant neither grows nor falls; what matters is growth modulo constants
+    growth = spectral_abscissa(generator[1:, 1:])
+    room = jnp.where(growth < discount_rate, margin, STEEP)
+    rate = jnp.maximum(discount_rate, growth + room)
+    rate = jnp.where(finite_horizon, discount_rate, rate)
+    extra = (rate - discount_rate) * gram
+    theta = unit * jnp.linalg.solve(loss + extra + ridge * jnp.eye(size), unit * sums.gain)
+    return Fit(theta, growth, rate)
+
+
+def spectral_abscissa(matrix: Float[Array, "size size"]) -> Float[Array, ""]:
+    """The largest real part of an eigenvalue, from the growth of e^{s matrix} under squaring.
+
+    Needs no eigenvalue routine, which accelerators lack.
+    """
+    size = matrix.shape[0]
+    norm = jnp.linalg.norm(matrix)
+    step = 1.0 / jnp.maximum(norm, 1e-12)
+    power = jax.scipy.linalg.expm(matrix * step)
+
+    def square(_, carry):
+        power, log = carry
+        power = power @ power
+        scale = jnp.maximum(jnp.linalg.norm(power), 1e-30)
+        return power / scale, 2.0 * log + jnp.log(scale)
+
+    start = jnp.linalg.norm(power)
+    doublings = 14
+    _, log = jax.lax.fori_loop(0, doublings, square, (power / start, jnp.log(start)))
+    # a Jordan block of the largest size grows polynomially on top: its logarithm is taken off
+    return (log - 0.5 * jnp.log(float(size))) / (step * 2.0**doublings)
