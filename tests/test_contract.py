@@ -251,6 +251,8 @@ def test_saved_agent_acts_the_same(subject, tmp_path):
 
 CONFIGS = [*ALGORITHMS.values(), *ENVIRONMENTS.values(), Host, Settings]
 GIVEN = {Host: {"id": "Pendulum-v1"}}  # fields without a default
+GIVEN |= {kind: {"id": name} for name, kind in ENVIRONMENTS.items()}
+TOGETHER = {"dt_min": {"dt_max": 1e3}, "dt_max": {"dt_min": 1e-7}}  # one means nothing alone
 
 
 def build(kind, **given):
@@ -374,16 +376,21 @@ def test_ends_of_the_range_are_accepted(kind, rule):
     if bounds.high < math.inf:
         values.append(rule.kind(bounds.high - epsilon * bounds.high_open))
     for value in [rule.wrap(value) for value in values] + [None] * rule.optional:
-        assert getattr(build(kind, **{rule.name: value}), rule.name) == value
+        others = TOGETHER.get(rule.name, {}) if value is not None else {}
+        assert getattr(build(kind, **others | {rule.name: value}), rule.name) == value
 
 
 def field_docs(kind):
-    """The docstring under each field of a dataclass, from its source."""
-    body = next(
-        node.body
-        for node in ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-        if isinstance(node, ast.ClassDef)
-    )
+    """The docstring under each field of a dataclass, from its source or its parents'."""
+    docs = {}
+    for parent in reversed(kind.__mro__[:-1]):
+        docs |= own_field_docs(parent)
+    return docs
+
+
+def own_field_docs(kind):
+    tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    body = next((node.body for node in tree.body if isinstance(node, ast.ClassDef)), [])
     docs = {}
     for field, below in itertools.zip_longest(body, body[1:]):
         match field, below:

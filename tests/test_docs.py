@@ -161,6 +161,32 @@ def test_the_table_of_qsm_has_every_field_with_its_presets_and_range():
         assert row["meaning"], name
 
 
+def test_the_table_of_cqsm_has_every_field_with_its_presets_and_range():
+    rows = list(table(DOCS / "algorithms" / "cqsm.md", "field", "linear_quadratic"))
+    assert [row["field"] for row in rows] == [f.name for f in dataclasses.fields(qs.CQSM)]
+    default, other = qs.CQSM(), qs.CQSM(preset="linear_quadratic")
+    for row in rows:
+        name = row["field"]
+        assert row["default"] == str(getattr(default, name)), name
+        assert (row["linear_quadratic"] or row["default"]) == str(getattr(other, name)), name
+        assert row["range"] == limits(qs.CQSM, name), name
+
+
+def test_the_table_of_metrics_is_what_cqsm_reports():
+    spec = qs.Spec(obs_size=3, action_size=2, dt=0.1)
+    batch = replay.empty_rows(spec, 4)
+    kinds = {"both": set(), "features": set(), "network": set()}
+    for row in table(DOCS / "algorithms" / "cqsm.md", "metric", "critic"):
+        kinds[row["critic"]].add(row["metric"])
+    for critic in ("features", "network"):
+        algorithm = qs.CQSM(critic=critic, hidden=(4, 4))
+
+        def metrics(key, algorithm=algorithm):
+            return algorithm.update(algorithm.init(spec, key=key), batch, key=key)[1]
+
+        assert set(jax.eval_shape(metrics, jr.key(0))) == kinds["both"] | kinds[critic]
+
+
 @pytest.mark.parametrize(
     "kind, page, prefix",
     [(qs.Settings, "runs.md", "--"), (qs.Host, "environments/host.md", "--environment.")],
@@ -197,11 +223,12 @@ def test_the_table_of_metrics_is_what_qsm_reports():
 def flags() -> dict[str, set[str]]:
     """The flags of every command, from its own help."""
     found = {}
-    for command in (["train", "qsm", "Pendulum-v1"], *([name] for name in cli.SIMPLE)):
+    pairs = (["train", "qsm", "Pendulum-v1"], ["train", "cqsm", "lq"])
+    for command in (*pairs, *([name] for name in cli.SIMPLE)):
         with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as done:
             cli.main([*command, "--help"])
         assert done.value.code == 0
-        found[command[0]] = set(FLAG.findall(out.getvalue()))
+        found.setdefault(command[0], set()).update(FLAG.findall(out.getvalue()))
     assert found["train"] >= {"--steps", "--algorithm.temperature", "--environment.num-envs"}
     return found
 
@@ -230,7 +257,8 @@ def test_every_command_exists_with_its_flags(page, flags):
         if complete and command == "train":
             algorithm, environment, *options = rest
             assert algorithm in qs.ALGORITHMS, text
-            assert environment in gym.registry or environment.startswith("dm_control/"), text
+            known = environment in gym.registry or environment in qs.ENVIRONMENTS
+            assert known or environment.startswith("dm_control/"), text
             if "--algorithm.preset" in options:
                 qs.QSM(preset=options[options.index("--algorithm.preset") + 1])  # pyright: ignore
     every = set.union(*flags.values())

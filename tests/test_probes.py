@@ -4,11 +4,13 @@ Every registered algorithm learns them from random actions, through the replay b
 training chunk. Each probe adds one difficulty to the one before it, so the first that fails names
 what is broken: the loss, the observation, the bootstrap, the action gradient, or both together.
 
-A critic is read from the state's `critics`, a stack of networks of an observation and an action.
+A critic is read through `value_and_score` where the algorithm has it, else from the state's
+`critics`, a stack of networks of an observation and an action.
 """
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -39,13 +41,30 @@ VARIANTS = {
         # a gradient at the noised action is a score only where a level changes it little
         "qsm-normalized": {"target": "normalized", "temperature": 0.1, "noise_levels": 20},
         "qsm-posterior": {"target": "posterior", "temperature": 0.1, "noise_levels": 5},
-    }
+    },
+    "cqsm": {
+        # without the score's cost the value is the reward's alone
+        "cqsm-network": {
+            "discount_rate": -math.log(0.8) / 0.1,
+            "penalty": 0.0,
+            "score_lr": 3e-3,
+            "target_rate": 0.5,
+            "uniform_share": 1.0,
+            "action_noise": 0.0,
+        }
+    },
 }
 CASES = [
     pytest.param((name, tuple(given.items())), id=label)
     for name in ALGORITHMS
     for label, given in VARIANTS.get(name, {name: {}}).items()
 ]
+
+RATE = -math.log(DISCOUNT) / SPEC.dt
+LASTS = 20  # steps that an observation lasts, for policies that move their action through time
+
+# In continuous time a step's reward is spread over the step and discounted within it.
+INSIDE = {"cqsm": (1.0 - DISCOUNT) / (RATE * SPEC.dt)}
 
 Q_TOLERANCE = 0.05  # of values of order one, by a small network after 1500 small batches
 ACTION_TOLERANCE = 0.15  # these policies keep a spread of 0.2 to 0.3 around the best action
@@ -70,27 +89,38 @@ def learner(case):
 
     @jax.jit
     def act(agent, obs, key):
-        """The mean of 64 actions at one observation, exploration off."""
-        carry = algorithm.init_carry(SPEC)
-        one = functools.partial(algorithm.act, agent, carry, obs, explore=False)
-        return jnp.mean(jax.vmap(lambda key: one(key=key)[0])(jr.split(key, 64)))
+        """The mean of 64 actions at one observation that has lasted, exploration off."""
 
-    return learn, act
+        def settled(key):
+            def again(carry, key):
+                action, carry = algorithm.act(agent, carry, obs, key=key, explore=False)
+                return carry, action
+
+            return jax.lax.scan(again, algorithm.init_carry(SPEC), jr.split(key, LASTS))[1][-1]
+
+        return jnp.mean(jax.vmap(settled)(jr.split(key, 64)))
+
+    @jax.jit
+    def q(agent, obs, action):
+        if hasattr(algorithm, "value_and_score"):
+            return algorithm.value_and_score(agent, obs, action)[0]
+        return jnp.mean(jax.vmap(lambda critic: critic(obs, action))(agent.critics))
+
+    return learn, act, q
 
 
 class Learned:
     """What an algorithm makes of a batch of transitions."""
 
     def __init__(self, case, rows):
-        learn, self._act = learner(case)
+        learn, self._act, self._q = learner(case)
+        self._inside = INSIDE.get(case[0], 1.0)
         self.agent, finite = learn(rows, jr.key(0), jr.key(1))
         assert finite
 
     def q(self, obs, action):
-        values = jax.vmap(lambda critic: critic(jnp.float32([obs]), jnp.float32([action])))(
-            self.agent.critics
-        )
-        return float(jnp.mean(values))
+        value = self._q(self.agent, jnp.float32([obs]), jnp.float32([action]))
+        return float(value) / self._inside
 
     def action(self, obs):
         return float(self._act(self.agent, jnp.float32([obs]), jr.key(2)))

@@ -2,6 +2,7 @@
 
 from qscore import lq as lq
 from qscore.algorithms import ALGORITHMS as ALGORITHMS
+from qscore.algorithms import CQSM as CQSM
 from qscore.algorithms import QSM as QSM
 from qscore.algorithms import Algorithm as Algorithm
 from qscore.environments import ENVIRONMENTS as ENVIRONMENTS

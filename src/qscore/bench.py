@@ -46,7 +46,7 @@ def measure(algorithm_name: str, environment_name: str) -> dict[str, Any]:
     loop = _median_seconds(lambda: session.advance(capacity), REPEATS) / train_host.CHUNK
 
     policy = train_host.exploration_policy(algorithm, spec, 1)
-    read, key, obs = policy.read(session.runner.agent), jr.key(0), session.obs.copy()
+    read, key, obs = policy.read(session.runner.agent), jr.key(0), session.collector.obs.copy()
     carry = policy.init_carry()
 
     def act() -> None:
@@ -56,7 +56,7 @@ def measure(algorithm_name: str, environment_name: str) -> dict[str, Any]:
     acting = _median_seconds(act, REPEATS) / 100
 
     chunk = train_host.compiled_chunk(algorithm, spec, capacity, train_host.CHUNK)
-    rows = session.empty_block()
+    rows = session.collector.empty_block()
 
     def update() -> None:
         session.runner, _, finite = chunk(

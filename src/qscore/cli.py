@@ -201,9 +201,12 @@ def _train(args: list[str]) -> None:
     if name not in ALGORITHMS:
         raise UsageError(unknown("algorithm", name, list(ALGORITHMS)))
     kind, environment = ALGORITHMS[name], environment_class(task)
-    default = kind(**_preset(kind, rest))
+    preset = getattr(environment, "recommended", {}).get(name)
+    default = kind(**_preset(kind, rest, preset))
+    steps = getattr(environment, "default_steps", Settings.steps)
+    rest = _inline_problem(rest)
     fields = [
-        ("settings", tyro.conf.OmitArgPrefixes[Settings], Settings()),
+        ("settings", tyro.conf.OmitArgPrefixes[Settings], Settings(steps=steps)),
         ("out", Path | None, None),
         ("algorithm", kind, default),
         ("environment", environment, environment(id=task)),
@@ -219,14 +222,34 @@ def _train(args: list[str]) -> None:
     _conclude(run.train(asked.algorithm, asked.environment, out=asked.out, **settings))
 
 
-def _preset(kind: type, args: list[str]) -> dict[str, str]:
-    """The preset among the flags: it decides the defaults that the others override.
+def _inline_problem(args: list[str]) -> list[str]:
+    """`--environment.problem FILE` with the file's text in its place: a run must not lean on it."""
+    args, flag = list(args), "--environment.problem"
+    for i, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        if name == flag and (equals or i + 1 < len(args)):
+            place = i if equals else i + 1
+            path = Path(value if equals else args[place])
+            try:
+                text = json.dumps(json.loads(path.read_text()))
+                lq.Problem.from_json(text)
+            except OSError as error:
+                raise UsageError(f"cannot read the problem {path}: {error}.") from error
+            except ValueError as error:
+                raise UsageError(f"{path}: {error}") from error
+            args[place] = f"{flag}={text}" if equals else text
+    return args
+
+
+def _preset(kind: type, args: list[str], usual: str | None) -> dict[str, str]:
+    """The preset among the flags, else the task's usual one: the defaults that others override.
 
     One that does not exist is left for the parser to refuse.
     """
     known = get_args(get_type_hints(kind).get("preset"))
     words = " ".join(args).replace("=", " ").split()
     asked = [b for a, b in itertools.pairwise(words) if a == "--algorithm.preset" and b in known]
+    asked = asked or ([usual] if usual else [])
     return {"preset": asked[-1]} if asked else {}
 
 
@@ -234,6 +257,13 @@ def _conclude(done: Run) -> None:
     summary = done.summary
     per_seed = ", ".join(f"{value:.1f}" for value in summary["final_returns"])
     low, high = summary["ci95"]
+    if "lq" in summary:
+        errors = {**summary["lq"]["relative_error"], "return gap": summary["lq"]["return_gap"]}
+        print("error against the closed form, per seed", file=sys.stderr)
+        for name, values in errors.items():
+            row = "  ".join(f"{value:8.3%}" for value in values)
+            print(f"  {name:<21}{row}", file=sys.stderr)
+        print(f"learned against exact  {done.folder / 'plots' / 'lq.png'}", file=sys.stderr)
     print(
         f"final return per seed  {per_seed}\n"
         f"interquartile mean     {summary['iqm']:.1f}  (95% over {summary['ci95_over']} "

@@ -37,8 +37,9 @@ class Settings:
     twentieth of the run."""
     eval_episodes: Annotated[int, Range(1)] = 10
     """Episodes per evaluation, in [1, inf), from the same starts every time."""
-    log_every: Annotated[int, Range(1)] = 1000
-    """Environment steps between lines of training metrics, in [1, inf)."""
+    log_every: Annotated[int | None, Range(1)] = None
+    """Environment steps between lines of training metrics, in [1, inf). None is 1000, or for our
+    own environments the chunk that they are trained in."""
     keep_checkpoints: Annotated[int, Range(1)] = 2
     """Newest checkpoints to keep, in [1, inf); they include the replay buffer."""
 

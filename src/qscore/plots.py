@@ -7,7 +7,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from qscore.closed_form import Comparison
 from qscore.statistics import bootstrap_interval, interquartile_mean
+
+SHOWN = 1000
+"""Points per seed in a scatter plot."""
 
 Curves = dict[int, dict[int, list[float]]]
 """Episode returns by environment steps, by seed."""
@@ -59,5 +63,25 @@ def plot_returns(runs: dict[str, Curves], out: Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out)
+
+
+def plot_comparisons(comparisons: dict[int, Comparison], out: Path) -> None:
+    """Learned against exact Q, action gradient and score, one colour per seed."""
+    names = {"q": "Q", "grad_a_q": "action gradient of Q", "score": "score"}
+    figure = Figure(figsize=(10, 3.6), layout="constrained", dpi=150)
+    for axes, (name, title) in zip(figure.subplots(1, 3), names.items(), strict=True):
+        for index, (seed, comparison) in enumerate(comparisons.items()):
+            exact = comparison.exact[name].ravel()[:SHOWN]
+            learned = comparison.learned[name].ravel()[:SHOWN]
+            error = f"seed {seed}: {comparison.relative_error[name]:.1%}"
+            axes.plot(exact, learned, ".", ms=2, alpha=0.4, color=f"C{index}", label=error)
+        low, high = axes.get_xlim()
+        axes.plot([low, high], [low, high], color="black", linewidth=0.8)
+        axes.set(title=title, xlabel="closed form", ylabel="learned")
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=8, markerscale=4)
+    figure.suptitle("relative L2 error over standard normal states and actions", fontsize=9)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out)

@@ -21,7 +21,9 @@ import numpy as np
 from qscore import checkpoint
 from qscore.algorithms import algorithm_name
 from qscore.algorithms.base import Algorithm
-from qscore.environments import Environment, EnvironmentFailure, environment_class
+from qscore.closed_form import compare
+from qscore.environments import LQ, Environment, EnvironmentFailure, environment_class
+from qscore.environments.sde import SDEEnvironment
 from qscore.errors import Interrupted, RunStopped, TrainingDiverged, UsageError
 from qscore.folder import (
     Run,
@@ -32,12 +34,15 @@ from qscore.folder import (
     write_json,
 )
 from qscore.log import ProgressBar, RunLog
-from qscore.plots import plot_returns, read_evals
+from qscore.plots import plot_comparisons, plot_returns, read_evals
 from qscore.statistics import summarize
-from qscore.train_host import Diverged, Session
+from qscore.train_host import Diverged, Session, chunk_steps
 
 PLOT_SECONDS = 15.0
 """The learning curve is redrawn at evaluations, but not more often than this."""
+
+LOG_EVERY = 1000
+"""Environment steps between lines of training metrics, unless told otherwise."""
 
 SATURATION_WARNING = 0.9
 """Share of saturated actions beyond which a run warns."""
@@ -53,7 +58,7 @@ def train(
     out: str | os.PathLike | None = None,
     eval_every: int | None = Settings.eval_every,
     eval_episodes: int = Settings.eval_episodes,
-    log_every: int = Settings.log_every,
+    log_every: int | None = Settings.log_every,
     keep_checkpoints: int = Settings.keep_checkpoints,
     progress: bool = True,
 ) -> Run:
@@ -74,9 +79,7 @@ def train(
         )
     )
     rows = task.num_envs
-    if settings.eval_every is None:
-        twentieth = max(1, steps // (20 * rows)) * rows
-        settings = dataclasses.replace(settings, eval_every=twentieth)
+    settings = _fill(settings, task)
     _check_multiples(settings, rows)
     if algorithm.warmup_steps >= steps and progress:
         print(
@@ -132,6 +135,19 @@ def resume(folder: str | os.PathLike, *, steps: int | None = None, progress: boo
         raise
     loop.go()
     return run
+
+
+def _fill(settings: Settings, task: Environment) -> Settings:
+    """The settings that were left open. Our own environments are cut at whole chunks."""
+    ours = isinstance(task, SDEEnvironment)
+    unit = chunk_steps(task) if ours else task.num_envs
+    if settings.eval_every is None:
+        twentieth = max(1, settings.steps // (20 * unit)) * unit
+        settings = dataclasses.replace(settings, eval_every=twentieth)
+    if settings.log_every is None:
+        log_every = unit if ours else -(-LOG_EVERY // unit) * unit
+        settings = dataclasses.replace(settings, log_every=log_every)
+    return settings
 
 
 def _check_multiples(settings: Settings, rows: int) -> None:
@@ -222,7 +238,8 @@ class _Loop:
     def _loop(self, pool: ThreadPoolExecutor, interrupted: Callable[[], bool]) -> None:
         settings = self.run.settings
         eval_every = settings.eval_every
-        assert eval_every is not None  # `train` fills it
+        log_every = settings.log_every
+        assert eval_every is not None and log_every is not None  # `train` fills them
         if self.log is None:
             self.log = RunLog(self.run.folder)
             self._checkpoint()
@@ -233,7 +250,7 @@ class _Loop:
             self._checkpoint()
         clock = time.perf_counter()
         while self.env_steps < settings.steps:
-            milestones = (settings.log_every, eval_every)
+            milestones = (log_every, eval_every)
             until = min(settings.steps, *((self.env_steps // n + 1) * n for n in milestones))
             list(pool.map(lambda session: session.advance(until), self.sessions))
             done = self.sessions[0].env_steps
@@ -243,7 +260,7 @@ class _Loop:
             self.env_steps = done
 
             finished = done == settings.steps
-            if done % settings.log_every == 0 or finished:
+            if done % log_every == 0 or finished:
                 self._log_metrics()
             if done % eval_every == 0 or finished:
                 self._evaluate(pool)
@@ -337,6 +354,18 @@ class _Loop:
             "env_steps_per_second": self.env_steps * seeds / self.seconds,
             "updates_per_second": sum(session.updates for session in self.sessions) / self.seconds,
         }
+        environment, algorithm = self.run.environment, self.run.algorithm
+        if isinstance(environment, LQ) and hasattr(algorithm, "value_and_score"):
+            comparisons = {
+                session.seed: compare(algorithm, environment, session.runner.agent)
+                for session in self.sessions
+            }
+            errors = [c.relative_error for c in comparisons.values()]
+            summary["lq"] = {
+                "relative_error": {name: [e[name] for e in errors] for name in errors[0]},
+                "return_gap": [c.return_gap for c in comparisons.values()],
+            }
+            plot_comparisons(comparisons, self.run.folder / "plots" / "lq.png")
         write_json(self.run.folder / "summary.json", summary)
 
 

@@ -6,7 +6,7 @@ No disk, clock or terminal here: `run` drives a `Session` per seed and does the 
 import dataclasses
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ import numpy as np
 from qscore import replay
 from qscore.algorithms.base import Algorithm
 from qscore.environments.base import Environment, Episodic
+from qscore.environments.sde import SDEEnvironment, SDETask
+from qscore.rollout import CHUNK_STEPS, DeviceCollector, evaluate_on_device
 from qscore.train import Runner, init_runner, train_chunk
 from qscore.types import Key, Spec, State, Transition
 
@@ -150,6 +152,14 @@ def evaluate(
     episode 0.
     """
     tasks = tasks[: policy.rows]
+    if watch is None and isinstance(tasks[0], SDETask):
+        return evaluate_on_device(
+            policy.algorithm,
+            tasks[0].environment,
+            agent,
+            [episode_seed(1, seed, episode) for episode in range(episodes)],
+            key=jr.key(seed),
+        )
     read, key = policy.read(agent), jr.key(seed)
     obs = np.zeros((policy.rows, policy.spec.obs_size), np.float32)
     carry = fresh = policy.init_carry()
@@ -198,12 +208,144 @@ def _compiled_uniform(rows: int, size: int):
     return jax.jit(uniform)
 
 
-class Session:
-    """One seed of a run in host environments: the environments, the runner and their counters.
+class HostCollector:
+    """The host environments of one seed, side by side, and what is running in them.
 
     Everything random is drawn from the seed and the counters, so `snapshot` and `restore` need no
     random state: an environment is put back by its episode's seed and the actions taken since.
     """
+
+    def __init__(self, algorithm: Algorithm, environment: Environment, seed: int, key: Key):
+        self.algorithm, self.seed, self._key = algorithm, seed, key
+        self.tasks = [environment.open() for _ in range(environment.num_envs)]
+        self.spec = self.tasks[0].spec
+        self._explore = exploration_policy(algorithm, self.spec, len(self.tasks))
+        self.chunk = chunk_steps(environment)
+        rows = len(self.tasks)
+        self.episodes = [0] * rows  # of each environment, the running one included
+        self.returns = [0.0] * rows  # of the running episodes
+        self.history: list[list[np.ndarray]] = [[] for _ in range(rows)]
+        self.finished: list[float] = []  # returns of episodes that ended since the last `flush`
+        self.obs = np.stack([self._begin(row) for row in range(rows)])
+        self.carry = self._explore.init_carry()
+
+    def collect(self, agent: State, env_steps: int, count: int) -> Transition:
+        """`count` transitions from `env_steps` on, in a block of `chunk` rows."""
+        spec, rows = self.spec, self.empty_block()
+        read = self._explore.read(agent)
+        for start in range(0, count, len(self.tasks)):
+            actions = self._actions(read, env_steps + start)
+            next_obs = np.empty_like(self.obs)
+            for row, task in enumerate(self.tasks):
+                step = task.step(actions[row])
+                i = start + row
+                rows.obs[i], rows.action[i] = self.obs[row], actions[row]
+                rows.reward[i], rows.next_obs[i] = step.reward, step.next_obs
+                rows.terminated[i] = step.terminated
+                rows.time[i] = len(self.history[row]) * spec.dt
+                self.history[row].append(actions[row])
+                self.returns[row] += step.reward
+                next_obs[row] = step.next_obs
+                if step.terminated or step.truncated:
+                    self.finished.append(self.returns[row])
+                    next_obs[row] = self._begin(row)
+                    self.carry = _reset_rows(self.carry, self._explore.init_carry(), row)
+            self.obs = next_obs
+        return rows
+
+    def flush(self) -> list[float]:
+        """The returns of the episodes that ended since the last call."""
+        finished, self.finished = self.finished, []
+        return finished
+
+    def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(counters as plain JSON values, arrays): what `restore` needs to continue exactly."""
+        counters = {"episodes": self.episodes, "returns": self.returns, "finished": self.finished}
+        history = {
+            str(row): np.asarray(actions, np.float32).reshape(-1, self.spec.action_size)
+            for row, actions in enumerate(self.history)
+        }
+        return counters, {"carry": self.carry, "obs": self.obs, "history": history}
+
+    def restore(self, counters: dict[str, Any], arrays: dict[str, Any]) -> bool:
+        """Continue from a snapshot. False where an environment did not repeat its episode.
+
+        Such an environment is not deterministic; it starts a new episode instead.
+        """
+        self.episodes, self.returns = list(counters["episodes"]), list(counters["returns"])
+        self.finished = list(counters["finished"])
+        self.carry = jax.tree.map(jnp.array, arrays["carry"])
+        self.obs = np.array(arrays["obs"])
+        self.history = [list(arrays["history"][str(row)]) for row in range(len(self.tasks))]
+        repeated = [self._replay_episode(row) for row in range(len(self.tasks))]
+        return all(repeated)
+
+    def close(self) -> None:
+        """Close every environment."""
+        for task in self.tasks:
+            task.close()
+
+    def empty_block(self) -> Transition:
+        """`chunk` rows of zeros in host memory; only their nominal dt is filled in."""
+        block, spec = self.chunk, self.spec
+        return Transition(
+            obs=np.zeros((block, spec.obs_size), np.float32),
+            action=np.zeros((block, spec.action_size), np.float32),
+            reward=np.zeros(block, np.float32),
+            next_obs=np.zeros((block, spec.obs_size), np.float32),
+            terminated=np.zeros(block, bool),
+            time=np.zeros(block, np.float32),
+            dt=np.full(block, spec.dt, np.float32),
+        )
+
+    def _begin(self, row: int) -> np.ndarray:
+        """Reset one environment to its next episode."""
+        self.episodes[row] += 1
+        self.returns[row] = 0.0
+        self.history[row] = []
+        return self.tasks[row].reset(episode_seed(0, self.seed, row, self.episodes[row]))
+
+    def _replay_episode(self, row: int) -> bool:
+        obs = self.tasks[row].reset(episode_seed(0, self.seed, row, self.episodes[row]))
+        for action in self.history[row]:
+            obs = self.tasks[row].step(action).next_obs
+        if np.array_equal(obs, self.obs[row]):
+            return True
+        self.obs[row] = self._begin(row)
+        self.carry = _reset_rows(self.carry, self._explore.init_carry(), row)
+        return False
+
+    def _actions(self, read: list[jax.Array], env_steps: int) -> np.ndarray:
+        if env_steps < self.algorithm.warmup_steps:
+            uniform = _compiled_uniform(len(self.tasks), self.spec.action_size)
+            return np.asarray(uniform(self._key, np.uint32(env_steps)))
+        actions, self.carry = self._explore(read, self.carry, self.obs, self._key, env_steps)
+        return actions
+
+
+def chunk_steps(environment: Environment) -> int:
+    """Environment steps between two rounds of updates: collected under one policy."""
+    if isinstance(environment, SDEEnvironment):
+        return CHUNK_STEPS * environment.num_envs
+    rows = environment.num_envs
+    return -(-CHUNK // rows) * rows
+
+
+class Collector(Protocol):
+    """Gathers experience for one seed, on the host or on the device."""
+
+    spec: Spec
+    chunk: int
+
+    def collect(self, agent: State, env_steps: int, count: int) -> Transition: ...
+    def flush(self) -> list[float]: ...
+    def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]: ...
+    def restore(self, counters: dict[str, Any], arrays: dict[str, Any]) -> bool: ...
+    def close(self) -> None: ...
+
+
+class Session:
+    """One seed of a run: what collects experience, the runner and their counters."""
 
     def __init__(
         self,
@@ -215,35 +357,25 @@ class Session:
         eval_episodes: int,
     ):
         self.algorithm, self.seed, self.eval_episodes = algorithm, seed, eval_episodes
-        self.tasks = [environment.open() for _ in range(environment.num_envs)]
+        init_key, act_key, self._update_key = jr.split(jr.key(seed), 3)
+        # everything is compiled here, by one thread, before the seeds' threads start
+        self.collector: Any = (
+            DeviceCollector(algorithm, environment, act_key)
+            if isinstance(environment, SDEEnvironment)
+            else HostCollector(algorithm, environment, seed, act_key)
+        )
         self.eval_tasks = [environment.open() for _ in range(min(eval_episodes, EVAL_ROWS))]
-        self.spec = self.tasks[0].spec
-        init_key, self._act_key, self._update_key = jr.split(jr.key(seed), 3)
+        self.spec = self.collector.spec
+        self.chunk = self.collector.chunk
         # never below a chunk, so that no chunk overwrites itself
         self.capacity = max(min(algorithm.replay_capacity, steps), self.chunk)
-        # everything is compiled here, by one thread, before the seeds' threads start
-        self._explore = exploration_policy(algorithm, self.spec, len(self.tasks))
         self._evaluation = evaluation_policy(algorithm, self.spec)
         self._chunk = compiled_chunk(algorithm, self.spec, self.capacity, self.chunk)
         self.runner = init_runner(algorithm, self.spec, self.capacity, key=init_key)
-
-        rows = len(self.tasks)
         self.env_steps = 0
         self.updates = 0
-        self.episodes = [0] * rows  # of each environment, the running one included
-        self.returns = [0.0] * rows  # of the running episodes
-        self.history: list[list[np.ndarray]] = [[] for _ in range(rows)]
-        self.finished: list[float] = []  # returns of episodes that ended since the last log
         self.sums: dict[str, float] = {}  # metrics since the last log, summed over updates
         self.summed = 0
-        self.obs = np.stack([self._begin(row) for row in range(rows)])
-        self.carry = self._explore.init_carry()
-
-    @property
-    def chunk(self) -> int:
-        """Environment steps per chunk: `CHUNK`, rounded up to a multiple of the environments."""
-        rows = len(self.tasks)
-        return -(-CHUNK // rows) * rows
 
     def advance(self, until: int) -> None:
         """Collect to the end of the current chunk (or `until`), then take the updates due.
@@ -251,7 +383,8 @@ class Session:
         Raises `Diverged` and `EnvironmentFailure`.
         """
         count = min(self.chunk - self.env_steps % self.chunk, until - self.env_steps)
-        rows = self._collect(count)
+        rows = self.collector.collect(self.runner.agent, self.env_steps, count)
+        self.env_steps += count
         due = int(
             self.algorithm.updates_per_step * max(0, self.env_steps - self.algorithm.warmup_steps)
         )
@@ -282,22 +415,22 @@ class Session:
     def flush(self) -> dict[str, float]:
         """The mean of every metric since the last call, and of the episodes that ended."""
         row = {name: total / self.summed for name, total in self.sums.items()}
-        if self.finished:
-            row["episode_return"] = float(np.mean(self.finished))
-        self.sums, self.summed, self.finished = {}, 0, []
+        finished = self.collector.flush()
+        if finished:
+            row["episode_return"] = float(np.mean(finished))
+        self.sums, self.summed = {}, 0
         return row
 
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(counters as plain JSON values, arrays): what `restore` needs to continue exactly."""
+        collected, collector = self.collector.snapshot()
         counters = {
             "seed": self.seed,
             "env_steps": self.env_steps,
             "updates": self.updates,
-            "episodes": self.episodes,
-            "returns": self.returns,
-            "finished": self.finished,
             "sums": self.sums,
             "summed": self.summed,
+            "collector": collected,
         }
         size = int(self.runner.replay.size)
         arrays = {
@@ -305,12 +438,7 @@ class Session:
             "updates": self.runner.updates,
             "replay": jax.tree.map(lambda leaf: leaf[:size], self.runner.replay.data),
             "added": self.runner.replay.added,
-            "carry": self.carry,
-            "obs": self.obs,
-            "history": {
-                str(row): np.asarray(actions, np.float32).reshape(-1, self.spec.action_size)
-                for row, actions in enumerate(self.history)
-            },
+            "collector": collector,
         }
         return counters, arrays
 
@@ -320,14 +448,9 @@ class Session:
         return {**arrays, "agent": agent_shapes(self.algorithm, self.spec)}
 
     def restore(self, counters: dict[str, Any], arrays: dict[str, Any]) -> bool:
-        """Continue from a snapshot. False where an environment did not repeat its episode.
-
-        Such an environment is not deterministic; it starts a new episode instead.
-        """
+        """Continue from a snapshot. False where an environment did not repeat its episode."""
         self.env_steps, self.updates = counters["env_steps"], counters["updates"]
-        self.episodes, self.returns = list(counters["episodes"]), list(counters["returns"])
-        self.finished, self.sums = list(counters["finished"]), dict(counters["sums"])
-        self.summed = counters["summed"]
+        self.sums, self.summed = dict(counters["sums"]), counters["summed"]
         data = jax.tree.map(
             lambda saved: (
                 jnp.zeros((self.capacity, *saved.shape[1:]), saved.dtype)
@@ -341,77 +464,10 @@ class Session:
             replay=replay.Replay(data, jnp.array(arrays["added"])),
             updates=jnp.array(arrays["updates"]),
         )
-        self.carry = jax.tree.map(jnp.array, arrays["carry"])
-        self.obs = np.array(arrays["obs"])
-        self.history = [list(arrays["history"][str(row)]) for row in range(len(self.tasks))]
-        repeated = [self._replay_episode(row) for row in range(len(self.tasks))]
-        return all(repeated)
+        return self.collector.restore(counters["collector"], arrays["collector"])
 
     def close(self) -> None:
         """Close every environment."""
-        for task in self.tasks + self.eval_tasks:
+        self.collector.close()
+        for task in self.eval_tasks:
             task.close()
-
-    def _begin(self, row: int) -> np.ndarray:
-        """Reset one environment to its next episode."""
-        self.episodes[row] += 1
-        self.returns[row] = 0.0
-        self.history[row] = []
-        return self.tasks[row].reset(episode_seed(0, self.seed, row, self.episodes[row]))
-
-    def _replay_episode(self, row: int) -> bool:
-        obs = self.tasks[row].reset(episode_seed(0, self.seed, row, self.episodes[row]))
-        for action in self.history[row]:
-            obs = self.tasks[row].step(action).next_obs
-        if np.array_equal(obs, self.obs[row]):
-            return True
-        self.obs[row] = self._begin(row)
-        self.carry = _reset_rows(self.carry, self._explore.init_carry(), row)
-        return False
-
-    def empty_block(self) -> Transition:
-        """`chunk` rows of zeros in host memory; only their nominal dt is filled in."""
-        block, spec = self.chunk, self.spec
-        return Transition(
-            obs=np.zeros((block, spec.obs_size), np.float32),
-            action=np.zeros((block, spec.action_size), np.float32),
-            reward=np.zeros(block, np.float32),
-            next_obs=np.zeros((block, spec.obs_size), np.float32),
-            terminated=np.zeros(block, bool),
-            time=np.zeros(block, np.float32),
-            dt=np.full(block, spec.dt, np.float32),
-        )
-
-    def _actions(self, read: list[jax.Array]) -> np.ndarray:
-        if self.env_steps < self.algorithm.warmup_steps:
-            uniform = _compiled_uniform(len(self.tasks), self.spec.action_size)
-            return np.asarray(uniform(self._act_key, np.uint32(self.env_steps)))
-        actions, self.carry = self._explore(
-            read, self.carry, self.obs, self._act_key, self.env_steps
-        )
-        return actions
-
-    def _collect(self, count: int) -> Transition:
-        """`count` transitions, in a block of `chunk` rows."""
-        spec, rows = self.spec, self.empty_block()
-        read = self._explore.read(self.runner.agent)
-        for start in range(0, count, len(self.tasks)):
-            actions = self._actions(read)
-            next_obs = np.empty_like(self.obs)
-            for row, task in enumerate(self.tasks):
-                step = task.step(actions[row])
-                i = start + row
-                rows.obs[i], rows.action[i] = self.obs[row], actions[row]
-                rows.reward[i], rows.next_obs[i] = step.reward, step.next_obs
-                rows.terminated[i] = step.terminated
-                rows.time[i] = len(self.history[row]) * spec.dt
-                self.history[row].append(actions[row])
-                self.returns[row] += step.reward
-                next_obs[row] = step.next_obs
-                if step.terminated or step.truncated:
-                    self.finished.append(self.returns[row])
-                    next_obs[row] = self._begin(row)
-                    self.carry = _reset_rows(self.carry, self._explore.init_carry(), row)
-            self.obs = next_obs
-            self.env_steps += len(self.tasks)
-        return rows

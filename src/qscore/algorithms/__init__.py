@@ -1,10 +1,12 @@
 """The registry of algorithms: one line each."""
 
 from qscore.algorithms.base import Algorithm as Algorithm
+from qscore.algorithms.cqsm import CQSM as CQSM
 from qscore.algorithms.qsm import QSM as QSM
 
 ALGORITHMS: dict[str, type] = {
     "qsm": QSM,
+    "cqsm": CQSM,
 }
 
 

@@ -1,0 +1,648 @@
+"""Continuous q-score matching (CQSM).  Hua, Gu, Tang, NeurIPS 2025, arXiv:2510.17122.
+
+State and action both move in continuous time; the policy is the score Psi that drives the action,
+
+    dX = b(X, a) dt + S(X, a) dW,        da = Psi(X, a) dt + sigma_a dB,
+
+and is judged by E int e^{-beta t} (r - lambda/2 |Psi|^2) dt. Its value Q(x, a) is the function for
+which e^{-beta t} Q + int e^{-beta u} (r - lambda/2 |Psi|^2) du is a martingale, and the policy
+improvement step is Psi <- grad_a Q / lambda. So learning is two regressions:
+
+* the critic makes the martingale's increments dM orthogonal to test functions,
+  E[xi dM] = 0 (`qscore.martingale`);
+* the score is regressed onto grad_a Q / lambda, the gradient at the action itself.
+
+A recorded step (x, a, r, x') stays valid whatever chose a: the next action that dM needs is
+simulated afresh from a with the agent's own action process, a' = a + Psi(x', a) dt + sigma_a dB.
+What that simulated noise adds to dM is known and is taken off again (`control_variate`).
+
+Every rate here is per second and not per step, so a change of the control step dt changes nothing
+else: discounting, target and averaging rates, and Adam's step sizes, which go with sqrt(dt) since
+dM is noise of that order.
+
+Two critics stand behind one interface, a function of (observation, action):
+`critic="features"` is quadratic in (x, a), with coefficients from least squares under forgetting;
+the score is the gradient of another quadratic, which relaxes to the critic's. It is exact where the
+problem is linear-quadratic. `critic="network"` is an ensemble of networks learned by Adam.
+
+Deviations from the paper: (1) the next action is re-simulated, which makes replay valid; (2) the
+score cost can be tied to the running size of the critic's gradient (`cost_unit`), as a fixed one
+runs away when the gradient grows; (3) the penalty is charged for the displacement that the action's
+bounds let through, not for the score that asked for it; (4) network critics have target networks
+and take the smaller of two.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from qscore import martingale
+from qscore.config import Range, preset_field, resolve_preset, validate
+from qscore.martingale import LeastSquares
+from qscore.networks import MLP
+from qscore.normalize import Moments, observe, standardize
+from qscore.optimize import gradient_step, move_target
+from qscore.types import Key, Metrics, Spec, Transition
+
+DISCOUNT_RATE = 0.2
+SCORE_COST = 0.05
+ACTION_NOISE = 1.8
+REFERENCE_DT = 0.05
+"""Seconds; the control step at which the networks' step sizes are stated."""
+SCALE_SECONDS = 10.0
+"""Over how much experience the size of the critic's gradient is averaged."""
+
+CAUTIOUS_SECONDS = 10.0
+"""Time in which least squares come to trust a growth rate that is close to the discount rate."""
+
+SATURATED = 0.95
+"""An action component beyond this share of its range counts as saturated."""
+
+
+class Quadratic(eqx.Module):
+    """theta . phi(z, t): all monomials of z = (observation, action) up to degree two, times powers
+    of the time's share of the horizon where there is one (the observation's last component)."""
+
+    theta: Float[Array, " features"]
+    powers: int = eqx.field(static=True)
+
+    def features(
+        self, obs: Float[Array, " obs"], action: Float[Array, " act"]
+    ) -> Float[Array, " features"]:
+        """phi at one observation and action."""
+        return quadratic_features(obs, action, self.powers)
+
+    def __call__(self, obs: Float[Array, " obs"], action: Float[Array, " act"]) -> Float[Array, ""]:
+        return self.features(obs, action) @ self.theta
+
+
+def quadratic_features(
+    obs: Float[Array, " obs"], action: Float[Array, " act"], powers: int
+) -> Float[Array, " features"]:
+    """1, z_i and z_i z_j (i <= j), times 1, s, ... s^powers with s = obs[-1] for `powers` > 0."""
+    z = jnp.concatenate([obs[:-1] if powers else obs, action])
+    i, j = jnp.triu_indices(z.shape[0])
+    phi = jnp.concatenate([jnp.ones(1), z, z[i] * z[j]])
+    if not powers:
+        return phi
+    return (obs[-1] ** jnp.arange(powers + 1.0)[:, None] * phi[None]).ravel()
+
+
+class ScoreMLP(eqx.Module):
+    """Psi(x, a) as a network on standardised inputs, in units of `Constants.speed`."""
+
+    mlp: MLP
+    moments: Moments  # of (observation, action)
+
+    def __call__(
+        self, obs: Float[Array, " obs"], action: Float[Array, " act"]
+    ) -> Float[Array, " act"]:
+        z = standardize(self.moments, jnp.concatenate([obs, action]))
+        return self.mlp(z)
+
+
+class NetworkQ(eqx.Module):
+    """Q(x, a) as a network on standardised inputs."""
+
+    mlp: MLP
+    moments: Moments
+
+    def __call__(self, obs: Float[Array, " obs"], action: Float[Array, " act"]) -> Float[Array, ""]:
+        return self.mlp(standardize(self.moments, jnp.concatenate([obs, action])))[0]
+
+
+class FeatureLearner(eqx.Module):
+    """Sums behind a linear critic: the orthogonality equations, and a regression of dM^2 / dt."""
+
+    sums: LeastSquares
+    variance_gram: Float[Array, "features features"]
+    variance_gain: Float[Array, " features"]
+
+
+class NetworkLearner(eqx.Module):
+    """What trains a network critic and score."""
+
+    target: NetworkQ
+    critic_opt: optax.OptState
+    score_opt: optax.OptState
+
+
+class Constants(NamedTuple):
+    """What the task prescribes, or the hyperparameters in its place; never learned."""
+
+    discount_rate: Float[Array, ""]
+    score_cost: Float[Array, ""]
+    action_noise: Float[Array, "act act"]
+    dt: Float[Array, ""]
+    horizon: Float[Array, ""]
+    speed: Float[Array, ""]  # what a network score of 1 stands for, actions per second
+
+
+class CQSMState(eqx.Module):
+    """Everything CQSM learns; `score` and `average_score` are potentials for a feature critic."""
+
+    critic: Quadratic | NetworkQ
+    score: Quadratic | ScoreMLP
+    average_score: Quadratic | ScoreMLP
+    learner: FeatureLearner | NetworkLearner
+    constants: Constants
+    gradient_scale: Float[Array, ""]  # running rms of grad_a Q, reward per unit action
+    learned: Float[Array, ""]  # seconds of experience learned from
+    updates: Int[Array, ""]
+    clock: tuple[str, ...] = eqx.field(static=True)
+
+
+class CQSMCarry(eqx.Module):
+    """The action that the process has reached; an episode's first one is drawn."""
+
+    action: Float[Array, " act"]
+    begun: Bool[Array, ""]
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {
+        "critic": "network",
+        "cost_unit": "gradient",
+        "inner_steps": 4,
+        "critics": 2,
+        "target_rate": 0.15,
+        "average_share": 0.0,
+        "critic_lr": 1e-3,
+        "score_lr": 1e-3,
+        "hidden": (256, 256),
+        "first_action": 0.0,
+        "score_spread": 0.2,
+        "uniform_share": 0.5,
+        "batch_size": 256,
+        "warmup_steps": 1_000,
+        "updates_per_step": 1.0,
+        "replay_capacity": 1_000_000,
+    },
+    "linear_quadratic": {
+        "critic": "features",
+        "cost_unit": "reward",
+        "inner_steps": 1,
+        "critics": 1,
+        "target_rate": None,
+        "average_share": 0.5,
+        "critic_lr": 3e-3,
+        "score_lr": 3e-3,
+        "hidden": (64, 64),
+        "first_action": 0.15,
+        "score_spread": 0.05,
+        "uniform_share": 0.0,
+        "batch_size": 512,
+        "warmup_steps": 1_280,
+        "updates_per_step": 1.0 / 128.0,
+        # 16 s of 128 copies: what early, worse scores led to is rare and large
+        "replay_capacity": 204_800,
+    },
+}
+
+
+@dataclass(frozen=True)
+class CQSM:
+    """Continuous q-score matching: a score that drives the action in the state's own time."""
+
+    preset: Literal["default", "linear_quadratic"] = "default"
+    """Where fields that are not given take their values: `default` is for control tasks,
+    `linear_quadratic` for the problems with a closed form."""
+    critic: Literal["network", "features"] = preset_field()
+    """A network learned by Adam, or quadratic features with least squares."""
+    discount_rate: Annotated[float | None, Range(0)] = None
+    """beta per second, in [0, inf). None is what the task prescribes, else 0.2: a discount factor
+    of 0.99 per step of 0.05 s."""
+    score_cost: Annotated[float | None, Range(0, low_open=True)] = None
+    """lambda, in (0, inf); its unit is `cost_unit`. None is what the task prescribes, else 0.05."""
+    cost_unit: Literal["gradient", "reward"] = preset_field()
+    """Unit of `score_cost`: `gradient` is seconds times the running size of grad_a Q, so that the
+    cost is the time in which a gradient of usual size moves the action by 1; `reward` is a
+    reward times seconds, as in the theory."""
+    action_noise: Annotated[float | None, Range(0)] = None
+    """sigma_a, in [0, inf), actions per sqrt(second). None is what the task prescribes, else 1.8:
+    0.4 in a step of 0.05 s."""
+    penalty: Annotated[float, Range(0, 1)] = 1.0
+    """Share of the score's cost that is charged to Q, in [0, 1]; the theory's is 1."""
+    inner_steps: Annotated[int, Range(1, 100)] = preset_field()
+    """Euler-Maruyama steps of the action process per control step, in [1, 100]."""
+    test_function: Literal["gradient", "weighted"] = "weighted"
+    """xi: the critic's parameter gradient, or that over the increment's conditional variance.
+    Feature critics only; networks take the gradient."""
+    control_variate: bool = True
+    """Take the simulated action noise's known effect off dM. For features this is exact."""
+    relaxation_rate: Annotated[float, Range(0, low_open=True)] = 2.0
+    """Rate at which a feature score follows grad_a Q / lambda, in (0, inf), 1/s."""
+    window: Annotated[float, Range(0, 1, low_open=True)] = 0.1
+    """Share of all experience that the least squares remember, in (0, 1]."""
+    critics: Annotated[int, Range(1, 10)] = preset_field()
+    """Network critics, in [1, 10]; the smallest makes the target, their mean the gradient."""
+    target_rate: Annotated[float | None, Range(0, low_open=True)] = preset_field()
+    """Rate at which target networks follow, in (0, inf), 1/s; None is no target network."""
+    average_share: Annotated[float, Range(0, 1, high_open=True)] = preset_field()
+    """Share of the latest updates over which the evaluated score is averaged, in [0, 1)."""
+    critic_lr: Annotated[float, Range(0, low_open=True)] = preset_field()
+    """Adam's step size for network critics at a control step of 0.05 s, in (0, inf)."""
+    score_lr: Annotated[float, Range(0, low_open=True)] = preset_field()
+    """The same for the score, in (0, inf)."""
+    score_spread: Annotated[float, Range(0)] = preset_field()
+    """Standard deviation about replayed actions where the score is regressed, in [0, inf)."""
+    uniform_share: Annotated[float, Range(0, 1)] = preset_field()
+    """Share of actions drawn uniformly from the box for that regression, in [0, 1]."""
+    score_limit: Annotated[float, Range(0, low_open=True)] = 240.0
+    """Largest component of the score that is learned, in (0, inf), actions per second."""
+    hidden: Annotated[tuple[int, ...], Range(1)] = preset_field()
+    """Hidden layer widths of network critics and scores, each in [1, inf)."""
+    first_action: Annotated[float, Range(0)] = preset_field()
+    """Standard deviation of an explored episode's first action, in [0, inf), half action ranges."""
+    batch_size: Annotated[int, Range(1)] = preset_field()
+    """Transitions per update, in [1, inf)."""
+    warmup_steps: Annotated[int, Range(1)] = preset_field()
+    """Environment steps with random actions before the first update, in [1, inf)."""
+    updates_per_step: Annotated[float, Range(0, low_open=True)] = preset_field()
+    """Gradient updates per environment step, in (0, inf). Each learns from dt seconds."""
+    replay_capacity: Annotated[int, Range(1)] = preset_field()
+    """Transitions the replay buffer holds, in [1, inf)."""
+
+    def __post_init__(self):
+        resolve_preset(self, PRESETS)
+        validate(self)
+
+    # -- set-up --------------------------------------------------------------------------------
+
+    def constants(self, spec: Spec) -> Constants:
+        """The hyperparameters where they are given, else what the task prescribes."""
+
+        def first(*values: Any) -> Any:
+            return next(value for value in values if value is not None)
+
+        noise = first(self.action_noise, spec.action_noise, ACTION_NOISE)
+        matrix = jnp.asarray(noise, jnp.float32)
+        if matrix.ndim == 0:
+            matrix = matrix * jnp.eye(spec.action_size)
+        return Constants(
+            discount_rate=jnp.asarray(first(self.discount_rate, spec.discount_rate, DISCOUNT_RATE)),
+            score_cost=jnp.asarray(first(self.score_cost, spec.score_cost, SCORE_COST)),
+            action_noise=matrix,
+            dt=jnp.asarray(spec.dt, jnp.float32),
+            horizon=jnp.asarray(spec.horizon if spec.horizon else 1.0, jnp.float32),
+            speed=jnp.asarray(1.0 / SCORE_COST if self.cost_unit == "gradient" else 1.0),
+        )
+
+    def init(self, spec: Spec, *, key: Key) -> CQSMState:
+        """A critic and a score of zero (features) or fresh networks."""
+        critic_key, score_key = jr.split(key)
+        size = spec.obs_size - ("dt" in spec.clock)
+        if self.critic == "features":
+            powers = 3 if "time" in spec.clock else 0
+            shape = jax.eval_shape(
+                lambda: quadratic_features(jnp.zeros(size), jnp.zeros(spec.action_size), powers)
+            )
+            n = shape.shape[0]
+            critic: Any = Quadratic(jnp.zeros(n), powers)
+            score: Any = Quadratic(jnp.zeros(n), powers)
+            learner: Any = FeatureLearner(LeastSquares.zeros(n), 1e-6 * jnp.eye(n), jnp.zeros(n))
+        else:
+            moments = Moments.unit(size + spec.action_size)
+            sizes = (size + spec.action_size, *self.hidden)
+            critic = NetworkQ(
+                jax.vmap(lambda key: MLP((*sizes, 1), jax.nn.silu, key=key))(
+                    jr.split(critic_key, self.critics)
+                ),
+                jax.tree.map(
+                    lambda leaf: jnp.broadcast_to(leaf, (self.critics, *leaf.shape)), moments
+                ),
+            )
+            mlp = MLP((*sizes, spec.action_size), jax.nn.silu, key=score_key)
+            last = mlp.layers[-1]
+            # the first score is zero: acting begins as a random walk
+            mlp = eqx.tree_at(lambda m: m.layers[-1].weight, mlp, jnp.zeros_like(last.weight))
+            score = ScoreMLP(mlp, moments)
+            learner = NetworkLearner(
+                jax.tree.map(jnp.copy, critic),
+                optax.adam(1.0).init(critic.mlp),
+                optax.adam(1.0).init(score.mlp),
+            )
+        return CQSMState(
+            critic=critic,
+            score=score,
+            average_score=jax.tree.map(jnp.copy, score),
+            learner=learner,
+            constants=self.constants(spec),
+            gradient_scale=jnp.zeros(()),
+            learned=jnp.zeros(()),
+            updates=jnp.zeros((), jnp.int32),
+            clock=spec.clock,
+        )
+
+    def init_carry(self, spec: Spec) -> CQSMCarry:
+        """The action process before an episode's first observation."""
+        return CQSMCarry(jnp.zeros(spec.action_size), jnp.zeros((), bool))
+
+    # -- acting --------------------------------------------------------------------------------
+
+    def act(
+        self,
+        state: CQSMState,
+        carry: CQSMCarry,
+        obs: Float[Array, " obs"],
+        *,
+        key: Key,
+        explore: bool,
+    ) -> tuple[Float[Array, " act"], CQSMCarry]:
+        """Move the carried action through the time since the last observation."""
+        first_key, noise_key = jr.split(key)
+        constants = state.constants
+        score = state.score if explore else state.average_score
+        # the process begins at one action, a nominal step before the first observation
+        elapsed = obs[-1] if "dt" in state.clock else constants.dt
+        dt = jnp.where(carry.begun, elapsed, constants.dt)
+        obs = self.view(state, obs)
+        noise = constants.action_noise if explore else jnp.zeros_like(constants.action_noise)
+        first = self.first_action * jr.normal(first_key, carry.action.shape)
+        first = jnp.clip(first, -1.0, 1.0) if explore else jnp.zeros_like(first)
+        start = jnp.where(carry.begun, carry.action, first)
+        action, _ = self.move(state, score, obs, start, dt, noise, key=noise_key)
+        return action, CQSMCarry(action, jnp.ones((), bool))
+
+    def view(self, state: CQSMState, obs: Float[Array, " obs"]) -> Float[Array, " view"]:
+        """What critic and score see: no elapsed time, and the episode's time as a share."""
+        if "dt" in state.clock:
+            obs = obs[:-1]
+        if "time" in state.clock:
+            obs = obs.at[-1].divide(state.constants.horizon)
+        return obs
+
+    def psi(
+        self, state: CQSMState, score: Any, obs: Float[Array, " view"], action: Float[Array, " act"]
+    ) -> Float[Array, " act"]:
+        """The score, in actions per second."""
+        if isinstance(score, Quadratic):
+            return jax.grad(score, argnums=1)(obs, action) / self.cost(state)
+        psi = state.constants.speed * score(obs, action)
+        return jnp.clip(psi, -self.score_limit, self.score_limit)
+
+    def value_and_score(
+        self, state: CQSMState, obs: Float[Array, " obs"], action: Float[Array, " act"]
+    ) -> tuple[Float[Array, ""], Float[Array, " act"]]:
+        """Q (the mean of the critics) and the evaluated score at one observation and action."""
+        obs = self.view(state, obs)
+        critic: Any = state.critic
+        if isinstance(critic, Quadratic):
+            q = critic(obs, action)
+        else:
+            q = jnp.mean(jax.vmap(lambda one: one(obs, action))(critic))
+        return q, self.psi(state, state.average_score, obs, action)
+
+    def cost(self, state: CQSMState) -> Float[Array, ""]:
+        """lambda, in reward times seconds."""
+        if self.cost_unit == "reward":
+            return state.constants.score_cost
+        return state.constants.score_cost * jnp.maximum(state.gradient_scale, 1e-6)
+
+    def move(
+        self,
+        state: CQSMState,
+        score: Any,
+        obs: Float[Array, " view"],
+        action: Float[Array, " act"],
+        dt: Float[Array, ""],
+        noise: Float[Array, "act act"],
+        *,
+        key: Key,
+    ) -> tuple[Float[Array, " act"], Float[Array, ""]]:
+        """The action process over `dt` at a held observation, kept in the box.
+
+        Returns the action and the mean of |drift|^2 that the box let through, (actions/s)^2.
+        """
+        h = dt / self.inner_steps
+
+        def step(carry, dw):
+            a, effort = carry
+            drifted = jnp.clip(a + h * self.psi(state, score, obs, a), -1.0, 1.0)
+            effort = effort + jnp.sum((drifted - a) ** 2)
+            a = jnp.clip(drifted + jnp.sqrt(h) * (noise @ dw), -1.0, 1.0)
+            return (a, effort), None
+
+        draws = jr.normal(key, (self.inner_steps, action.shape[0]))
+        (action, effort), _ = jax.lax.scan(step, (action, jnp.zeros(())), draws)
+        # dt can be zero, at an episode's first observation
+        return action, effort / jnp.maximum(self.inner_steps * h**2, 1e-12)
+
+    # -- learning ------------------------------------------------------------------------------
+
+    def update(self, state: CQSMState, batch: Transition, *, key: Key) -> tuple[CQSMState, Metrics]:
+        """One step of the critic, then one of the score against the new critic."""
+        learn = self._learn_features if self.critic == "features" else self._learn_networks
+        seen = jax.vmap(lambda obs: self.view(state, obs))
+        next_obs = seen(batch.next_obs)
+        batch = eqx.tree_at(lambda b: (b.obs, b.next_obs), batch, (seen(batch.obs), next_obs))
+        seconds = jnp.mean(batch.dt)
+        state = eqx.tree_at(
+            lambda s: (s.learned, s.updates), state, (state.learned + seconds, state.updates + 1)
+        )
+        state, metrics = learn(state, batch, key=key)
+        if self.average_share > 0.0:
+            weight = 1.0 / jnp.maximum(self.average_share * state.updates.astype(jnp.float32), 1.0)
+            average = jax.tree.map(
+                lambda old, new: old + weight * (new - old), state.average_score, state.score
+            )
+        else:
+            average = state.score
+        return eqx.tree_at(lambda s: s.average_score, state, average), metrics
+
+    def _learn_features(self, state: CQSMState, batch: Transition, *, key: Key):
+        constants, cost = state.constants, self.cost(state)
+        learner: Any = state.learner
+        critic: Any = state.critic
+        powers = critic.powers
+        alive = 1.0 - batch.terminated.astype(jnp.float32)
+        phi_of = lambda obs, action: quadratic_features(obs, action, powers)  # noqa: E731
+
+        def ahead(obs, next_obs, action, dt, key):
+            """phi at the next state and action, in the mean over the action's noise."""
+            psi = self.psi(state, state.score, next_obs, action)
+            drifted = action + dt * psi
+            noise = jnp.sqrt(dt) * constants.action_noise
+            if self.control_variate:
+                # phi is quadratic: its mean over Gaussian noise is exact to second order
+                second = jax.hessian(phi_of, argnums=1)(next_obs, drifted)
+                phi_next = phi_of(next_obs, drifted) + 0.5 * jnp.einsum(
+                    "fab,ac,bc->f", second, noise, noise
+                )
+            else:
+                moved = drifted + noise @ jr.normal(key, action.shape)
+                phi_next = phi_of(next_obs, moved)
+            return phi_of(obs, action), phi_next, 0.5 * cost * jnp.sum(psi**2)
+
+        keys = jr.split(key, batch.reward.shape[0])
+        phi, phi_next, penalty = jax.vmap(ahead)(
+            batch.obs, batch.next_obs, batch.action, batch.dt, keys
+        )
+        phi_next = alive[:, None] * phi_next
+        net = batch.reward / batch.dt - self.penalty * penalty
+        increment = martingale.increment(
+            phi @ critic.theta,
+            phi_next @ critic.theta,
+            net,
+            jnp.zeros_like(net),
+            batch.dt,
+            discount_rate=constants.discount_rate,
+        )
+        seconds = jnp.mean(batch.dt)
+        keep = jnp.exp(-seconds / (self.window * jnp.maximum(state.learned, seconds)))
+        if self.test_function == "weighted":
+            gram = keep * learner.variance_gram + phi.T @ phi / phi.shape[0]
+            gain = keep * learner.variance_gain + phi.T @ (increment**2 / batch.dt) / phi.shape[0]
+            unit = jax.lax.rsqrt(jnp.diagonal(gram))
+            scaled = unit[:, None] * gram * unit[None] + 1e-4 * jnp.eye(len(unit))
+            variance = phi @ (unit * jnp.linalg.solve(scaled, unit * gain))
+            weight = martingale.variance_weight(variance)
+            weight = weight / jnp.mean(weight)
+        else:
+            gram, gain = learner.variance_gram, learner.variance_gain
+            weight = jnp.ones_like(net)
+        sums = martingale.accumulate(
+            learner.sums,
+            weight[:, None] * phi,
+            phi,
+            phi_next,
+            net,
+            batch.dt,
+            keep=keep,
+            discount_rate=constants.discount_rate,
+        )
+        fit = martingale.solve(
+            sums,
+            discount_rate=constants.discount_rate,
+            finite_horizon=bool(powers),
+            margin=jnp.exp(-state.learned / CAUTIOUS_SECONDS),
+        )
+        ready = state.learned > 1.0
+        theta = jnp.where(ready, fit.theta, critic.theta)
+        follow = -jnp.expm1(-self.relaxation_rate * seconds)
+        old: Any = state.score
+        score = Quadratic(old.theta + jnp.where(ready, follow, 0.0) * (theta - old.theta), powers)
+
+        gradient = jax.vmap(jax.grad(Quadratic(theta, powers), argnums=1))(batch.obs, batch.action)
+        scale = jnp.sqrt(jnp.mean(gradient**2))
+        state = eqx.tree_at(
+            lambda s: (s.critic, s.score, s.learner, s.gradient_scale),
+            state,
+            (Quadratic(theta, powers), score, FeatureLearner(sums, gram, gain), scale),
+        )
+        return state, {
+            "critic_loss": jnp.mean(increment**2 / batch.dt),
+            "q": jnp.mean(phi @ theta),
+            "gradient_scale": scale,
+            "growth_rate": fit.growth_rate,
+            "discount_rate": fit.discount_rate,
+            "penalty_rate": jnp.mean(penalty),
+        }
+
+    def _learn_networks(self, state: CQSMState, batch: Transition, *, key: Key):
+        constants, cost = state.constants, self.cost(state)
+        learner: Any = state.learner
+        move_key, where_key, uniform_key, spread_key = jr.split(key, 4)
+        rows, seconds = batch.reward.shape[0], jnp.mean(batch.dt)
+        # dM is noise of order sqrt(dt), which Adam divides by
+        pace = jnp.sqrt(seconds / REFERENCE_DT)
+
+        def ahead(next_obs, action, dt, key):
+            """The smallest target Q at the next state and action, and the penalty's rate."""
+            noise = constants.action_noise
+            moved, effort = self.move(state, state.score, next_obs, action, dt, noise, key=key)
+            q = jax.vmap(lambda critic: critic(next_obs, moved))(learner.target)
+            if self.control_variate and self.inner_steps == 1:
+                still, _ = self.move(state, state.score, next_obs, action, dt, 0.0 * noise, key=key)
+                slope = jax.vmap(lambda critic: jax.grad(critic, argnums=1)(next_obs, still))
+                q = q - slope(learner.target) @ (moved - still)
+            return jnp.min(q), 0.5 * cost * effort
+
+        moments = observe(
+            state.score.moments,  # pyright: ignore[reportAttributeAccessIssue]
+            jnp.concatenate([batch.obs, batch.action], axis=1),
+        )
+        stacked = jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf, (self.critics, *leaf.shape)), moments
+        )
+
+        keys = jr.split(move_key, rows)
+        q_next, penalty = jax.vmap(ahead)(batch.next_obs, batch.action, batch.dt, keys)
+        alive = 1.0 - batch.terminated.astype(jnp.float32)
+
+        def critic_loss(mlps: Any):
+            critics = NetworkQ(mlps, stacked)
+            q = jax.vmap(lambda critic: jax.vmap(critic)(batch.obs, batch.action))(critics)
+
+            def increments(q: Float[Array, " batch"]) -> Any:
+                return martingale.increment(
+                    q,
+                    alive * q_next,
+                    batch.reward / batch.dt,
+                    self.penalty * penalty,
+                    batch.dt,
+                    discount_rate=constants.discount_rate,
+                )
+
+            dm = jax.vmap(increments)(q)
+            loss = jnp.sum(jnp.mean(dm**2 / batch.dt[None], axis=1))
+            return loss, {"critic_loss": loss, "q": jnp.mean(q)}
+
+        # q_next is held fixed: the semi-gradient is the orthogonality update with xi = dQ/dtheta
+        mlps, critic_opt, metrics = gradient_step(
+            critic_loss,
+            state.critic.mlp,  # pyright: ignore[reportAttributeAccessIssue]
+            optax.adam(self.critic_lr * pace),
+            learner.critic_opt,
+        )
+        critic = NetworkQ(mlps, stacked)  # the moments are observed, not trained
+        follow = 1.0 if self.target_rate is None else -jnp.expm1(-self.target_rate * seconds)
+        target = move_target(critic, learner.target, follow)  # pyright: ignore[reportArgumentType]
+
+        shape = batch.action.shape
+        near = batch.action + self.score_spread * jr.normal(spread_key, shape)
+        anywhere = jr.uniform(uniform_key, shape, minval=-1.0, maxval=1.0)
+        uniform = jr.bernoulli(where_key, self.uniform_share, (rows, 1))
+        action = jnp.where(uniform, anywhere, jnp.clip(near, -1.0, 1.0))
+
+        def mean_q(obs, action):
+            return jnp.mean(jax.vmap(lambda critic: critic(obs, action))(critic))
+
+        gradient = jax.vmap(jax.grad(mean_q, argnums=1))(batch.obs, action)
+        rms = jnp.sqrt(jnp.mean(gradient**2))
+        rate = jnp.where(state.updates == 1, 1.0, -jnp.expm1(-seconds / SCALE_SECONDS))
+        scale = state.gradient_scale + rate * (rms - state.gradient_scale)
+        cost = self.cost(eqx.tree_at(lambda s: s.gradient_scale, state, scale))
+        goal = jnp.clip(gradient / cost, -self.score_limit, self.score_limit)
+
+        def score_loss(mlp: Any):
+            network: Any = ScoreMLP(mlp, moments)
+            error = jax.vmap(network)(batch.obs, action) - goal / constants.speed
+            loss = jnp.mean(error**2)
+            return loss, {"actor_loss": loss}
+
+        mlp, score_opt, score_metrics = gradient_step(
+            score_loss,
+            state.score.mlp,  # pyright: ignore[reportAttributeAccessIssue]
+            optax.adam(self.score_lr * pace),
+            learner.score_opt,
+        )
+        score = ScoreMLP(mlp, moments)
+        state = eqx.tree_at(
+            lambda s: (s.critic, s.score, s.learner, s.gradient_scale),
+            state,
+            (critic, score, NetworkLearner(target, critic_opt, score_opt), scale),
+        )
+        saturated = jnp.mean((jnp.abs(batch.action) > SATURATED).astype(jnp.float32))
+        return state, metrics | score_metrics | {
+            "gradient_scale": rms,
+            "score_norm": jnp.mean(jnp.linalg.norm(goal, axis=-1)),
+            "penalty_rate": jnp.mean(penalty),
+            "action_saturation": saturated,
+        }

@@ -1,0 +1,131 @@
+"""How far an agent on a linear-quadratic problem is from the closed form.
+
+Errors are relative L2 errors over z = (x, a) ~ N(0, I). The return gap uses the
+policy-improvement identity: with the optimal Psi*, for every score Psi,
+
+    J* - J = E^Psi int e^{-beta t} (lambda / 2) |Psi - Psi*|^2 dt
+
+(complete the square in the evaluation equation and apply Dynkin's formula), so a small gap is the
+mean of small positive numbers and not the difference of two noisy returns.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+from qscore import lq, sde
+from qscore.environments.lq import LQ
+from qscore.types import State
+
+POINTS = 20_000
+PATHS = 2_048
+TAIL = 1e-3
+"""Discount at which an infinite horizon is cut off."""
+
+
+class Comparison(NamedTuple):
+    """Learned and exact values at the same points, and the gap in return relative to |J*|."""
+
+    learned: dict[str, np.ndarray]
+    exact: dict[str, np.ndarray]
+    return_gap: float
+
+    @property
+    def relative_error(self) -> dict[str, float]:
+        """sqrt(E|learned - exact|^2 / E|exact|^2) of "q", "grad_a_q" and "score"."""
+        return {
+            name: float(np.sqrt(np.mean((self.learned[name] - exact) ** 2) / np.mean(exact**2)))
+            for name, exact in self.exact.items()
+        }
+
+
+def compare(algorithm: Any, environment: LQ, agent: State) -> Comparison:
+    """Hold an agent against the closed form; in a finite horizon at four times of it.
+
+    `algorithm` must have `value_and_score(agent, obs, action) -> (q, score)`, in actions of
+    [-1, 1].
+    """
+    problem, bound = environment.solved_problem, environment.bound
+    n, d = problem.state_size, problem.action_size
+    horizon = problem.terminal.T if problem.terminal else None
+    times = [0.0] if horizon is None else [share * horizon for share in (0.0, 0.25, 0.5, 0.75)]
+    z = np.random.default_rng(0).standard_normal((POINTS // len(times), n + d))
+
+    def observe(x, time):
+        clock = {"time": time, "dt": environment.dt}
+        extra = [jnp.asarray(clock[name], jnp.float32)[None] for name in environment.clock]
+        return jnp.concatenate([x, *extra])
+
+    def learned_at(x, a, time):
+        """Q, its gradient and the score, for an action in the problem's units."""
+
+        def q(a):
+            return algorithm.value_and_score(agent, observe(x, time), a / bound)[0]
+
+        value, gradient = jax.value_and_grad(q)(a)
+        score = algorithm.value_and_score(agent, observe(x, time), a / bound)[1] * bound
+        return {"q": value, "grad_a_q": gradient, "score": score}
+
+    learned: dict[str, list] = {"q": [], "grad_a_q": [], "score": []}
+    exact: dict[str, list] = {"q": [], "grad_a_q": [], "score": []}
+    at = jax.jit(jax.vmap(learned_at, (0, 0, None)))
+    for time in times:
+        solution = lq.solve(problem, time)
+        values = at(z[:, :n].astype(np.float32), z[:, n:].astype(np.float32), np.float32(time))
+        for name in learned:
+            learned[name].append(np.asarray(values[name]))
+        exact["q"].append(solution.q(z))
+        exact["grad_a_q"].append(solution.gradient(z))
+        exact["score"].append(solution.score(z))
+    return Comparison(
+        {name: np.concatenate(parts) for name, parts in learned.items()},
+        {name: np.concatenate(parts) for name, parts in exact.items()},
+        _return_gap(environment, lambda x, a, time: learned_at(x, a, time)["score"]),
+    )
+
+
+def _return_gap(environment: LQ, score: Any) -> float:
+    """(J* - J) / |J*| from the environment's starts, with a first action like its first state."""
+    problem = environment.solved_problem
+    n, d, dt = problem.state_size, problem.action_size, environment.dt
+    process, sigma = environment.process(), jnp.asarray(problem.sigma_a, jnp.float32)
+    rate = problem.discount_rate
+    if problem.terminal is None:
+        steps = int(np.ceil(-np.log(TAIL) / (rate * dt)))
+        solutions = [lq.solve(problem)]
+    else:
+        steps = int(np.ceil(problem.terminal.T / dt))
+        solutions = [lq.solve(problem, min(i * dt, problem.terminal.T)) for i in range(steps)]
+    K = jnp.asarray(np.stack([s.K for s in solutions]), jnp.float32)
+    k = jnp.asarray(np.stack([s.k for s in solutions]), jnp.float32)
+
+    def row(time):
+        return jnp.minimum((time / dt + 0.5).astype(jnp.int32), len(solutions) - 1)
+
+    def drift(time, z, _):
+        return jnp.concatenate([process.drift(time, z[:n], z[n:]), score(z[:n], z[n:], time)])
+
+    def diffusion(time, z, _):
+        top = process.diffusion(time, z[:n], z[n:])
+        noises = top.shape[1]
+        return jnp.block([[top, jnp.zeros((n, d))], [jnp.zeros((d, noises)), sigma]])
+
+    def shortfall(time, z, _):
+        best = K[row(time)] @ z + k[row(time)]
+        return 0.5 * problem.score_cost * jnp.sum((score(z[:n], z[n:], time) - best) ** 2)
+
+    joint = sde.SDE(drift, diffusion, process.noises + d)
+
+    def path(key):
+        start_key, noise_key = jr.split(key)
+        start = environment.spread * jr.normal(start_key, (n + d,))
+        return sde.accumulate(
+            joint, shortfall, start, dt=dt, steps=steps, key=noise_key, discount_rate=rate
+        )
+
+    gap = float(jnp.mean(jax.jit(jax.vmap(path))(jr.split(jr.key(0), PATHS))))
+    spread = environment.spread**2 * np.eye(n + d)
+    return gap / abs(solutions[0].expected_q(np.zeros(n + d), spread))

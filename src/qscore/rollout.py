@@ -1,0 +1,237 @@
+"""Environments in JAX: collecting and evaluating as one compiled program each.
+
+Rows are copies of an environment, added by `jax.vmap`; steps are a loop on the device. A row's
+randomness is `fold_in(fold_in(key, step), row)`, so it depends neither on the chunking nor on the
+other rows, and a continued run needs no random state.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from qscore.algorithms.base import Algorithm
+from qscore.environments.base import EnvironmentFailure
+from qscore.environments.sde import SDEEnvironment, SDEState
+from qscore.types import Carry, Key, Spec, State, Transition
+
+CHUNK_STEPS = 50
+"""Steps of every row collected under one policy before its updates are taken."""
+
+
+class Rows(eqx.Module):
+    """Running copies side by side, with leading axis "rows", and what their episodes earned."""
+
+    state: SDEState
+    carry: Carry
+    returns: Float[Array, " rows"]
+    finished: Float[Array, ""]  # returns of ended episodes, summed
+    ended: Int[Array, ""]
+
+
+def begin(algorithm: Algorithm, environment: SDEEnvironment, *, key: Key) -> Rows:
+    """`environment.num_envs` fresh copies."""
+    rows = environment.num_envs
+    carry = algorithm.init_carry(environment.spec)
+    return Rows(
+        state=jax.vmap(environment.begin)(row_keys(key, rows)),
+        carry=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (rows, *leaf.shape)), carry),
+        returns=jnp.zeros(rows),
+        finished=jnp.zeros(()),
+        ended=jnp.zeros((), jnp.int32),
+    )
+
+
+def row_keys(key: Key, rows: int) -> Array:
+    """One key per row: an array of `rows` keys."""
+    return jax.vmap(lambda row: jr.fold_in(key, row))(jnp.arange(rows))
+
+
+def step(
+    algorithm: Algorithm,
+    environment: SDEEnvironment,
+    agent: State,
+    rows: Rows,
+    *,
+    random: Bool[Array, ""],
+    key: Key,
+) -> tuple[Rows, Transition]:
+    """One exploring step of every row (uniform actions if `random`); ended episodes begin anew."""
+    count = rows.returns.shape[0]
+    act_key, uniform_key, step_key, reset_key = jr.split(key, 4)
+    obs = jax.vmap(environment.observation)(rows.state)
+    action, carry = jax.vmap(
+        lambda carry, obs, key: algorithm.act(agent, carry, obs, key=key, explore=True)
+    )(rows.carry, obs, row_keys(act_key, count))
+    uniform = jr.uniform(uniform_key, action.shape, minval=-1.0, maxval=1.0)
+    action = jnp.where(random, uniform, action)
+    state, out = jax.vmap(lambda state, action, key: environment.advance(state, action, key=key))(
+        rows.state, action, row_keys(step_key, count)
+    )
+    transition = Transition(
+        obs=obs,
+        action=action,
+        reward=out.reward,
+        next_obs=out.obs,
+        terminated=out.terminated,
+        time=rows.state.time,
+        dt=out.dt,
+    )
+    over = out.terminated | out.truncated
+    returns = rows.returns + out.reward
+    fresh = begin(algorithm, environment, key=reset_key)
+
+    def either(new: Array, old: Array) -> Array:
+        return jnp.where(over.reshape(-1, *([1] * (old.ndim - 1))), new, old)
+
+    rows = Rows(
+        state=jax.tree.map(either, fresh.state, state),
+        carry=jax.tree.map(either, fresh.carry, carry),
+        returns=jnp.where(over, 0.0, returns),
+        finished=rows.finished + jnp.sum(jnp.where(over, returns, 0.0)),
+        ended=rows.ended + jnp.sum(over, dtype=jnp.int32),
+    )
+    return rows, transition
+
+
+def collect(
+    algorithm: Algorithm,
+    environment: SDEEnvironment,
+    agent: State,
+    rows: Rows,
+    start: Int[Array, ""],
+    steps: Int[Array, ""],
+    *,
+    key: Key,
+) -> tuple[Rows, Transition]:
+    """`steps` steps of every row, at most `CHUNK_STEPS`, from the `start`-th on.
+
+    Both are arrays: one compiled program serves every chunk. The transitions have one leading axis
+    of CHUNK_STEPS * rows, of which the first steps * rows are filled.
+    """
+    count = rows.returns.shape[0]
+    one = jax.eval_shape(
+        lambda: step(algorithm, environment, agent, rows, random=jnp.array(True), key=key)[1]
+    )
+    block = jax.tree.map(lambda leaf: jnp.zeros((CHUNK_STEPS, *leaf.shape), leaf.dtype), one)
+
+    def body(i, inputs):
+        rows, block = inputs
+        rows, transition = step(
+            algorithm,
+            environment,
+            agent,
+            rows,
+            random=(start + i) * count < algorithm.warmup_steps,
+            key=jr.fold_in(key, start + i),
+        )
+        return rows, jax.tree.map(lambda old, new: old.at[i].set(new), block, transition)
+
+    rows, block = jax.lax.fori_loop(0, steps, body, (rows, block))
+    return rows, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), block)
+
+
+@lru_cache
+def _compiled_collect(algorithm: Algorithm, environment: SDEEnvironment) -> Any:
+    def run(agent, rows, start, steps, key):
+        return collect(algorithm, environment, agent, rows, start, steps, key=key)
+
+    agent = jax.eval_shape(lambda: algorithm.init(environment.spec, key=jr.key(0)))
+    rows = jax.eval_shape(lambda: begin(algorithm, environment, key=jr.key(0)))
+    integer = jax.ShapeDtypeStruct((), jnp.int32)
+    return jax.jit(run).lower(agent, rows, integer, integer, jr.key(0)).compile()
+
+
+class DeviceCollector:
+    """The copies of a JAX environment that one seed collects in; all of it on the device."""
+
+    def __init__(self, algorithm: Algorithm, environment: SDEEnvironment, key: Key):
+        self.environment, self.spec = environment, environment.spec
+        self.chunk = CHUNK_STEPS * environment.num_envs
+        begin_key, self._key = jr.split(key)
+        self.rows = jax.jit(lambda key: begin(algorithm, environment, key=key))(begin_key)
+        self._collect = _compiled_collect(algorithm, environment)
+
+    def collect(self, agent: State, env_steps: int, count: int) -> Transition:
+        """`count` transitions from `env_steps` on, in a block of `chunk` rows.
+
+        Raises `EnvironmentFailure` where the state left the numbers.
+        """
+        envs = self.environment.num_envs
+        self.rows, block = self._collect(
+            agent, self.rows, np.int32(env_steps // envs), np.int32(count // envs), self._key
+        )
+        if not np.isfinite(np.asarray(self.rows.returns)).all():
+            raise EnvironmentFailure(
+                f"{self.environment.id} left the numbers: its state grew without bound under the "
+                "actions taken."
+            )
+        return block
+
+    def flush(self) -> list[float]:
+        """The mean return of the episodes that ended since the last call, if any did."""
+        ended, finished = int(self.rows.ended), float(self.rows.finished)
+        zeros = (jnp.zeros(()), jnp.zeros((), jnp.int32))
+        self.rows = eqx.tree_at(lambda rows: (rows.finished, rows.ended), self.rows, zeros)
+        return [finished / ended] if ended else []
+
+    def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(counters, arrays): what `restore` needs to continue exactly."""
+        return {}, {"rows": self.rows}
+
+    def restore(self, counters: dict[str, Any], arrays: dict[str, Any]) -> bool:
+        """Continue from a snapshot; always exact."""
+        self.rows = jax.tree.map(jnp.array, arrays["rows"])
+        return True
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+@lru_cache
+def _compiled_evaluate(algorithm: Algorithm, environment: SDEEnvironment) -> Any:
+    spec: Spec = environment.spec
+    limit = environment.duration / (environment.dt_min or environment.dt)
+    most = int(np.ceil(limit)) + 1
+
+    def episode(agent, row, reset_key, act_key):
+        start_key, noise_key = jr.split(reset_key)
+
+        def body(inputs):
+            state, carry, total, _ = inputs
+            key = jr.fold_in(jr.fold_in(act_key, state.steps), row)
+            action, carry = algorithm.act(
+                agent, carry, environment.observation(state), key=key, explore=False
+            )
+            key = jr.fold_in(noise_key, state.steps)
+            state, out = environment.advance(state, action, key=key)
+            return state, carry, total + out.reward, out.terminated | out.truncated
+
+        start = (environment.begin(start_key), algorithm.init_carry(spec), 0.0, False)
+        state, _, total, _ = jax.lax.while_loop(
+            lambda inputs: ~inputs[3] & (inputs[0].steps < most), body, start
+        )
+        return total, state.steps
+
+    return jax.jit(jax.vmap(episode, in_axes=(None, 0, 0, None)))
+
+
+def evaluate_on_device(
+    algorithm: Algorithm,
+    environment: SDEEnvironment,
+    agent: State,
+    seeds: list[int],
+    *,
+    key: Key,
+) -> tuple[list[float], list[int]]:
+    """Returns and lengths of the episodes that belong to `seeds`, exploration off."""
+    reset_keys = jax.vmap(jr.key)(jnp.asarray(seeds))
+    returns, lengths = _compiled_evaluate(algorithm, environment)(
+        agent, jnp.arange(len(seeds)), reset_keys, key
+    )
+    return np.asarray(returns).astype(float).tolist(), np.asarray(lengths).tolist()

@@ -1,0 +1,110 @@
+"""CQSM against linear-quadratic closed forms, and on a real task."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import qscore as qs
+from qscore.algorithms.cqsm import quadratic_features
+from qscore.closed_form import compare
+from qscore.environments import LQ
+from qscore.train_host import Session
+
+STEPS = 1_280_000  # 100 seconds in each of 128 copies
+
+
+def learn(environment, algorithm, seed=0, steps=STEPS):
+    session = Session(algorithm, environment, seed, steps=steps, eval_episodes=1)
+    while session.env_steps < steps:
+        session.advance(steps)
+    return session
+
+
+@pytest.fixture(scope="module")
+def sessions():
+    environment = LQ(id="lq")
+    algorithm = qs.CQSM(preset="linear_quadratic")
+    return [learn(environment, algorithm, seed) for seed in range(3)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_features_learn_the_closed_form(sessions, seed):
+    session = sessions[seed]
+    comparison = compare(session.algorithm, LQ(id="lq"), session.runner.agent)
+    error = comparison.relative_error
+    assert max(error.values()) < 0.04, error
+    assert 0.0 <= comparison.return_gap < 2e-3
+
+
+def test_comparison_sees_a_wrong_score(sessions):
+    agent = sessions[0].runner.agent
+    half = dataclasses.replace(agent.average_score, theta=0.5 * agent.average_score.theta)
+    wrong = dataclasses.replace(agent, average_score=half)
+    comparison = compare(sessions[0].algorithm, LQ(id="lq"), wrong)
+    assert 0.4 < comparison.relative_error["score"] < 0.6
+    assert comparison.relative_error["q"] < 0.05
+    assert comparison.return_gap > 0.05
+
+
+def test_irregular_steps_learn_it_too():
+    environment = LQ(id="lq", dt_min=0.002, dt_max=0.018)
+    session = learn(environment, qs.CQSM(preset="linear_quadratic"))
+    error = compare(session.algorithm, environment, session.runner.agent).relative_error
+    assert max(error.values()) < 0.06, error
+
+
+def test_features_are_all_monomials_up_to_degree_two_times_powers_of_time():
+    obs, action = jnp.array([2.0, 0.5]), jnp.array([3.0])
+    plain = quadratic_features(obs, action, 0)
+    np.testing.assert_allclose(plain, [1.0, 2.0, 0.5, 3.0, 4.0, 1.0, 6.0, 0.25, 1.5, 9.0])
+    timed = quadratic_features(obs, action, 2)
+    base = np.array([1.0, 2.0, 3.0, 4.0, 6.0, 9.0])
+    np.testing.assert_allclose(timed, np.concatenate([base, 0.5 * base, 0.25 * base]))
+
+
+def test_the_action_process_has_the_scores_drift_and_the_given_noise():
+    algorithm = qs.CQSM(critic="features", inner_steps=50, first_action=0.0, cost_unit="reward")
+    spec = qs.Spec(1, 1, dt=0.2, score_cost=0.5, action_noise=((0.3,),))
+    state = algorithm.init(spec, key=jr.key(0))
+    # score = grad_a(-a^2) / 0.5 = -4 a: an Ornstein-Uhlenbeck process
+    theta = jnp.zeros(6).at[5].set(-1.0)
+    score = dataclasses.replace(state.score, theta=theta)
+    state = dataclasses.replace(state, score=score, average_score=score)
+    start = dataclasses.replace(
+        algorithm.init_carry(spec), action=jnp.array([0.5]), begun=jnp.array(True)
+    )
+    act = jax.vmap(
+        lambda key: algorithm.act(state, start, jnp.zeros(1), key=key, explore=True)[0][0]
+    )
+    actions = np.asarray(jax.jit(act)(jr.split(jr.key(1), 20_000)))
+    decay = np.exp(-4.0 * 0.2)
+    assert np.mean(actions) == pytest.approx(0.5 * decay, abs=0.015)
+    assert np.var(actions) == pytest.approx(0.3**2 * (1.0 - decay**2) / 8.0, rel=0.08)
+    still, carry = algorithm.act(state, start, jnp.zeros(1), key=jr.key(2), explore=False)
+    assert float(still[0]) == pytest.approx(0.5 * decay, abs=0.02)
+    np.testing.assert_array_equal(still, carry.action)
+
+
+def test_an_episode_begins_at_the_origin_of_the_action_process_unless_exploring():
+    algorithm = qs.CQSM(critic="features", first_action=0.2, action_noise=0.0)
+    spec = qs.Spec(1, 2, dt=0.05)
+    state = algorithm.init(spec, key=jr.key(0))  # the first score is zero
+    carry = algorithm.init_carry(spec)
+    action, moved = algorithm.act(state, carry, jnp.zeros(1), key=jr.key(1), explore=False)
+    np.testing.assert_array_equal(action, jnp.zeros(2))
+    assert bool(moved.begun)
+    act = jax.vmap(lambda key: algorithm.act(state, carry, jnp.zeros(1), key=key, explore=True)[0])
+    firsts = np.asarray(jax.jit(act)(jr.split(jr.key(1), 2_000)))
+    assert np.std(firsts) == pytest.approx(0.2, rel=0.05)
+
+
+@pytest.mark.slow
+def test_networks_learn_pendulum():
+    algorithm = qs.CQSM(hidden=(64, 64), batch_size=128)
+    session = learn(qs.Host("Pendulum-v1"), algorithm, steps=6_000)
+    returns, _ = session.evaluate(0)
+    assert np.mean(returns) > -250.0
