@@ -21,9 +21,11 @@ from qscore import QSM, Host
 from qscore.train_host import Session
 
 # The prototype that the search began from, then the steps that led away from it.
-START = {"average_rate": 1.0, "warmup_steps": 5_000}
-AVERAGED = {"warmup_steps": 5_000}
-FAST = {"actor_lr": 1e-3, "critic_lr": 1e-3}
+CAUTIOUS = {"pessimism": 1.0, "exploration_noise": 0.1}
+SLOW = {"actor_lr": 3e-4, "critic_lr": 3e-4}
+AVERAGED = CAUTIOUS | SLOW | {"warmup_steps": 5_000}
+START = AVERAGED | {"average_rate": 1.0}
+FAST = CAUTIOUS | {"actor_lr": 1e-3, "critic_lr": 1e-3, "warmup_steps": 2_000}
 VARIANTS: dict[str, dict[str, Any]] = {
     "start": START,
     "start, temperature 0.05": START | {"temperature": 0.05},
@@ -39,6 +41,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     | {"variance": "posterior", "temperature": 0.05},
     "steps 1e-3, noise in the target's chain": FAST | {"target_chain_noise": 1.0},
     "default": {},
+    "pessimism 1": {"pessimism": 1.0},
+    "exploration noise 0.1": {"exploration_noise": 0.1},
+    "exploration noise 0.2": {"exploration_noise": 0.2},
+    "steps 3e-4": SLOW,
+    "warm-up 2000": {"warmup_steps": 2_000},
+    "warm-up 5000": {"warmup_steps": 5_000},
+    "no average": {"average_rate": 1.0},
     "noise in the target's chain": {"target_chain_noise": 1.0},
     "running gradient scale": {"normalization": "running"},
     "target posterior": {"target": "posterior"},
