@@ -1,6 +1,7 @@
 """Euler-Maruyama against exact solutions and an independent solver, and the environments on it."""
 
 import dataclasses
+import json
 import math
 from typing import Any
 
@@ -15,7 +16,7 @@ import qscore as qs
 from qscore import sde
 from qscore.environments import ENVIRONMENTS, Portfolio
 from qscore.rollout import evaluate_on_device
-from qscore.train_host import episode_seed
+from qscore.train_host import Session, episode_seed
 
 PATHS = 4_000
 
@@ -204,6 +205,29 @@ def test_device_and_host_play_the_same_episodes(environment):
                 break
         assert len(rewards) == length
         assert sum(rewards) == pytest.approx(total, rel=1e-4, abs=1e-4)
+
+
+def test_a_restored_session_ends_where_the_other_does():
+    algorithm = qs.CQSM(hidden=(8, 8), batch_size=16, warmup_steps=100)
+    environment = ENVIRONMENTS["double_well"](id="double_well", num_envs=4, duration=1.0)
+
+    def begin():
+        return Session(algorithm, environment, 3, steps=1_000, eval_episodes=2)
+
+    whole, restored = begin(), begin()
+    while whole.env_steps < 400:
+        whole.advance(400)
+    counters, arrays = whole.snapshot()
+    arrays = jax.tree.map(np.asarray, arrays)  # as a checkpoint gives them back
+    assert restored.restore(json.loads(json.dumps(counters)), arrays)
+    for session in (whole, restored):
+        while session.env_steps < 1_000:
+            session.advance(1_000)
+    assert whole.evaluate(0) == restored.evaluate(0)
+    for a, b in zip(
+        jax.tree.leaves(whole.snapshot()), jax.tree.leaves(restored.snapshot()), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize(
