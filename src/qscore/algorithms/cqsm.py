@@ -28,7 +28,8 @@ problem is linear-quadratic. `critic="network"` is an ensemble of networks learn
 Deviations from the paper: (1) the next action is re-simulated, which makes replay valid; (2) the
 score cost can be tied to the running size of the critic's gradient (`cost_unit`), as a fixed one
 runs away when the gradient grows; (3) the penalty is charged for the displacement that the action's
-bounds let through, not for the score that asked for it; (4) network critics have target networks
+bounds let through, not for the score that asked for it, and not at all by the default preset, whose
+score cost is a step size and no part of the task; (4) network critics have target networks
 and take the smaller of two.
 """
 
@@ -169,6 +170,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {
         "critic": "network",
         "cost_unit": "gradient",
+        # a cost tied to the gradient's size feeds back on it through the penalty, and runs away
+        "penalty": 0.0,
         "inner_steps": 4,
         "critics": 2,
         "target_rate": 0.15,
@@ -187,6 +190,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "linear_quadratic": {
         "critic": "features",
         "cost_unit": "reward",
+        "penalty": 1.0,
         "inner_steps": 1,
         "critics": 1,
         "target_rate": None,
@@ -227,7 +231,7 @@ class CQSM:
     action_noise: Annotated[float | None, Range(0)] = None
     """sigma_a, in [0, inf), actions per sqrt(second). None is what the task prescribes, else 1.8:
     0.4 in a step of 0.05 s."""
-    penalty: Annotated[float, Range(0, 1)] = 1.0
+    penalty: Annotated[float, Range(0, 1)] = preset_field()
     """Share of the score's cost that is charged to Q, in [0, 1]; the theory's is 1."""
     inner_steps: Annotated[int, Range(1, 100)] = preset_field()
     """Euler-Maruyama steps of the action process per control step, in [1, 100]."""
