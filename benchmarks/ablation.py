@@ -21,7 +21,7 @@ from qscore import QSM, Host
 from qscore.train_host import Session
 
 # The prototype that the search began from, then the steps that led away from it.
-CAUTIOUS = {"pessimism": 1.0, "exploration_noise": 0.1}
+CAUTIOUS = {"pessimism": 1.0, "exploration_noise": 0.1, "normalize_observations": False}
 SLOW = {"actor_lr": 3e-4, "critic_lr": 3e-4}
 AVERAGED = CAUTIOUS | SLOW | {"warmup_steps": 5_000}
 START = AVERAGED | {"average_rate": 1.0}
@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     | {"variance": "posterior", "temperature": 0.05},
     "steps 1e-3, noise in the target's chain": FAST | {"target_chain_noise": 1.0},
     "default": {},
+    "raw observations": {"normalize_observations": False},
     "pessimism 1": {"pessimism": 1.0},
     "exploration noise 0.1": {"exploration_noise": 0.1},
     "exploration noise 0.2": {"exploration_noise": 0.2},

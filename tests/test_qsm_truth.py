@@ -439,6 +439,7 @@ def test_critics_learn_from_the_target_critics_at_the_policys_next_action(pessim
         target_action_noise=0.0,
         noise_levels=5,
         discount=0.9,
+        normalize_observations=False,
         hidden=HIDDEN,
     )
     state = quick_jit(lambda key: algorithm.init(SPEC, key=key))(jr.key(10))
@@ -520,6 +521,58 @@ def test_update_moves_followers_by_their_rate_and_the_actor_against_the_new_crit
     other = dataclasses.replace(batch, reward=batch.reward - 10.0)
     _, changed = update(start, other, jr.key(16))
     assert abs(changed["gradient_scale"] - first["gradient_scale"]) > 1e-4
+
+
+def test_networks_see_standardised_observations():
+    fields = {"target_action_noise": 0.0, "hidden": HIDDEN}
+    scaled = QSM(normalize_observations=True, **fields)
+    plain = QSM(normalize_observations=False, **fields)
+    update, update_plain = (
+        quick_jit(lambda state, batch, key, a=algorithm: a.update(state, batch, key=key))
+        for algorithm in (scaled, plain)
+    )
+    first, second = random_batch(SPEC, ROWS, jr.key(20)), random_batch(SPEC, ROWS, jr.key(21))
+    stretch = np.linspace(0.3, 100.0, SPEC.obs_size)
+    shift = np.linspace(-50.0, 50.0, SPEC.obs_size)
+
+    def move(obs):
+        return jnp.asarray(stretch * np.asarray(obs) + shift, jnp.float32)
+
+    def moved(batch):
+        return dataclasses.replace(batch, obs=move(batch.obs), next_obs=move(batch.next_obs))
+
+    def standardised(batch, seen):
+        rows = np.concatenate([np.asarray(each.obs, np.float64) for each in seen])
+        mean, std = rows.mean(axis=0), rows.std(axis=0)
+        return dataclasses.replace(
+            batch,
+            obs=jnp.asarray((np.asarray(batch.obs) - mean) / std, jnp.float32),
+            next_obs=jnp.asarray((np.asarray(batch.next_obs) - mean) / std, jnp.float32),
+        )
+
+    start = quick_jit(lambda key: scaled.init(SPEC, key=key))(jr.key(22))
+    once, metrics = update(start, moved(first), jr.key(23))
+    plainly, expected = update_plain(start, standardised(first, [first]), jr.key(23))
+    tolerance = {"loosen": 100.0, "why": "a division by a deviation"}
+    for name, value in expected.items():
+        assert_close(metrics[name], value, **tolerance)
+    _, raw = update_plain(start, moved(first), jr.key(23))
+    assert abs(raw["critic_loss"] - expected["critic_loss"]) > 0.1
+
+    # the moments go on with every batch: after two they are nearly those of all rows
+    twice, _ = update(once, moved(second), jr.key(24))
+    everything = np.concatenate([first.obs, second.obs]) * stretch + shift
+    assert_close(twice.moments.mean, everything.mean(axis=0))
+    spread = np.asarray(twice.moments.variance) / everything.var(axis=0)
+    assert np.all((0.5 < spread) & (spread <= 1.01))
+
+    # acting sees the same: a scale and a shift make no difference
+    agent = dataclasses.replace(plainly, moments=once.moments)
+    obs = jnp.full(SPEC.obs_size, 0.3)
+    action, _ = scaled.act(agent, (), move(obs), key=jr.key(25), explore=False)
+    one = dataclasses.replace(first, obs=jnp.broadcast_to(obs, first.obs.shape))
+    seen = standardised(one, [first]).obs[0]
+    assert_close(action, plain.act(agent, (), seen, key=jr.key(25), explore=False)[0], **tolerance)
 
 
 # What it costs ------------------------------------------------------------------------------------
@@ -636,6 +689,7 @@ def test_official_preset_is_the_released_code():
         "target_action_noise": 0.1,
         "exploration_noise": 0.1,
         "eval_chain_noise": 1.0,
+        "normalize_observations": False,
         "best_of": 1,
         "pessimism": 1.0,  # the smaller of two critics
         "discount": 0.99,

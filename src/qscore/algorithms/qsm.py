@@ -32,8 +32,8 @@ clipped to the action box, which bounds the regression however large the gradien
 schedule; (4) the chain inside the critic's target carries no noise (smoothing noise is added to its
 end), and neither does the chain at evaluation; (5) both of those run a running average of the
 actor; (6) the critics' mean makes the target, not their minimum; (7) exploration adds more noise,
-the random warm-up is shorter, the step sizes are larger and the actor's is constant.
-`preset="official"` undoes all seven and is the published algorithm as its released code computes
+the random warm-up is shorter, the step sizes are larger and the actor's is constant; (8) the networks
+see standardised observations. `preset="official"` undoes all eight and is the published algorithm as its released code computes
 it, in that code's order: the critics, then the actor against the new critics. Only the width
 differs, (512, 512) there: see `hidden`.
 """
@@ -51,6 +51,7 @@ from jaxtyping import Array, Float, Int
 from qscore import diffusion
 from qscore.config import Range, preset_field, resolve_preset, validate
 from qscore.networks import Critic, ScoreNetwork
+from qscore.normalize import Moments, observe, standardize
 from qscore.optimize import gradient_step, move_target
 from qscore.types import Carry, Key, Metrics, Spec, Transition
 
@@ -137,6 +138,7 @@ class QSMState(eqx.Module):
     actor_opt: optax.OptState
     critic_opt: optax.OptState
     gradient_scale: Float[Array, ""]  # running mean |grad_a Q| component, in reward per unit action
+    moments: Moments  # of the observations
     updates: Int[Array, ""]
 
 
@@ -150,6 +152,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "target_chain_noise": 0.0,
         "exploration_noise": 0.3,
         "eval_chain_noise": 0.0,
+        "normalize_observations": True,
         "pessimism": 0.0,
         "average_rate": 0.005,
         "actor_lr": 5e-4,
@@ -166,6 +169,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "target_chain_noise": 1.0,
         "exploration_noise": 0.1,
         "eval_chain_noise": 1.0,
+        "normalize_observations": False,
         "pessimism": 1.0,
         "average_rate": 1.0,
         "actor_lr": 3e-4,
@@ -215,6 +219,8 @@ class QSM:
     """Standard deviation of the noise added to explored actions, in [0, inf), same unit."""
     eval_chain_noise: Annotated[float, Range(0, 1)] = preset_field()
     """Scale of the noise inside the chain when not exploring, in [0, 1]; 0 is deterministic."""
+    normalize_observations: bool = preset_field()
+    """Whether the networks see observations of mean 0 and variance 1, by running moments."""
     best_of: Annotated[int, Range(1, 1024)] = 1
     """Act with the best of N sampled actions by the critics' mean, in [1, 1024]. Evaluation during
     training never uses it."""
@@ -264,6 +270,7 @@ class QSM:
             actor_opt=self._actor_optimizer().init(actor),  # pyright: ignore[reportArgumentType]
             critic_opt=optax.adam(self.critic_lr).init(critics),  # pyright: ignore[reportArgumentType]
             gradient_scale=jnp.zeros(()),
+            moments=Moments.unit(spec.obs_size),
             updates=jnp.zeros((), jnp.int32),
         )
 
@@ -276,6 +283,7 @@ class QSM:
     ) -> tuple[Float[Array, " act"], Carry]:
         """Run the denoising chain for one observation; see `exploration_noise`, `best_of`."""
         chain_key, noise_key = jr.split(key)
+        obs = self._standardized(state.moments, obs)
         actor = state.actor if explore else state.average_actor
         if self.best_of > 1:
             keys = jr.split(chain_key, self.best_of)
@@ -292,6 +300,14 @@ class QSM:
     def update(self, state: QSMState, batch: Transition, *, key: Key) -> tuple[QSMState, Metrics]:
         """One step of the critics, then one of the actor against the new critics."""
         critic_key, actor_key = jr.split(key)
+        moments = state.moments
+        if self.normalize_observations:
+            moments = observe(moments, batch.obs)
+        obs, next_obs = (
+            jax.vmap(lambda row: self._standardized(moments, row))(rows)
+            for rows in (batch.obs, batch.next_obs)
+        )
+        batch = eqx.tree_at(lambda b: (b.obs, b.next_obs), batch, (obs, next_obs))
         critics, target_critics, critic_opt, critic_metrics = self._update_critics(
             state, batch, key=critic_key
         )
@@ -317,6 +333,7 @@ class QSM:
             actor_opt=actor_opt,
             critic_opt=critic_opt,
             gradient_scale=scale,
+            moments=moments,
             updates=state.updates + 1,
         )
         return state, critic_metrics | target_metrics | actor_metrics
@@ -350,6 +367,9 @@ class QSM:
     def noise_schedule(self) -> diffusion.NoiseSchedule:
         """The tables of this policy's chain."""
         return diffusion.SCHEDULES[self.schedule](self.noise_levels)
+
+    def _standardized(self, moments: Moments, obs: Float[Array, " obs"]) -> Float[Array, " obs"]:
+        return standardize(moments, obs) if self.normalize_observations else obs
 
     def _actor_optimizer(self) -> optax.GradientTransformation:
         if self.actor_decay_steps is None:
