@@ -114,7 +114,8 @@ def traces(
 def variance_weight(variance: Float[AnyArray, " batch"]) -> Float[AnyArray, " batch"]:
     """1 / v, with v floored at a tenth of its mean: the efficient weight of an orthogonality
     condition whose increment has the conditional variance v dt (Chamberlain 1987)."""
-    return 1.0 / jnp.maximum(variance, FLOOR * jnp.mean(variance))
+    positive = jnp.maximum(variance, 0.0)  # an estimate can be anything
+    return 1.0 / jnp.maximum(positive, FLOOR * jnp.mean(positive) + 1e-12)
 
 
 STEEP = 1.0

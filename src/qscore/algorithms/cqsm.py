@@ -501,8 +501,11 @@ class CQSM:
         seconds = jnp.mean(batch.dt)
         keep = jnp.exp(-seconds / (self.window * jnp.maximum(state.learned, seconds)))
         if self.test_function == "weighted":
-            gram = keep * learner.variance_gram + phi.T @ phi / phi.shape[0]
-            gain = keep * learner.variance_gain + phi.T @ (increment**2 / batch.dt) / phi.shape[0]
+            # dM^2 scatters with its own mean, which grows as the features do
+            light = 1.0 / jnp.mean(phi**2 / jnp.mean(phi**2, axis=0, keepdims=True), axis=1)
+            light = (light / jnp.sum(light))[:, None]
+            gram = keep * learner.variance_gram + (light * phi).T @ phi
+            gain = keep * learner.variance_gain + (light * phi).T @ (increment**2 / batch.dt)
             unit = jax.lax.rsqrt(jnp.diagonal(gram))
             scaled = unit[:, None] * gram * unit[None] + 1e-4 * jnp.eye(len(unit))
             variance = phi @ (unit * jnp.linalg.solve(scaled, unit * gain))
