@@ -32,10 +32,10 @@ clipped to the action box, which bounds the regression however large the gradien
 schedule; (4) the chain inside the critic's target carries no noise (smoothing noise is added to its
 end), and neither does the chain at evaluation; (5) both of those run a running average of the
 actor; (6) the critics' mean makes the target, not their minimum; (7) exploration adds more noise,
-the random warm-up is shorter, the step sizes are larger and the actor's is constant; (8) the networks
-see standardised observations. `preset="official"` undoes all eight and is the published algorithm as its released code computes
-it, in that code's order: the critics, then the actor against the new critics. Only the width
-differs, (512, 512) there: see `hidden`.
+the random warm-up is shorter, the step sizes are larger and the actor's is constant; (8) the
+networks see standardised observations. `preset="official"` undoes all eight and is the published
+algorithm as its released code computes it, in that code's order: the critics, then the actor
+against the new critics. Only the width differs, (512, 512) there: see `hidden`.
 """
 
 from dataclasses import dataclass
