@@ -118,7 +118,17 @@ def variance_weight(variance: Float[AnyArray, " batch"]) -> Float[AnyArray, " ba
     return 1.0 / jnp.maximum(positive, FLOOR * jnp.mean(positive) + 1e-12)
 
 
-STEEP = 1.0
+def leverage(phi: Float[AnyArray, "batch params"]) -> Float[AnyArray, " batch"]:
+    """Mean square of each row's features, in units of the batch's typical ones.
+
+    Typical is the geometric mean, which outliers do not move. Gaussian states have values about
+    15 for quadratic features.
+    """
+    typical = jnp.exp(jnp.mean(jnp.log(phi**2 + 1e-12), axis=0, keepdims=True))
+    return jnp.mean(phi**2 / typical, axis=1)
+
+
+STEEP = 0.2
 """1/s; how far above the growth rate of an inadmissible score the discount rate is put."""
 
 
@@ -196,7 +206,7 @@ def solve(
     estimated generator `beta - gram^-1 loss` says whether the present score is admissible: the
     value is finite if and only if its growth rate is below beta. Where it is not, the equations
     still have a solution, which means nothing. They are then solved at a discount rate `STEEP`
-    above the growth rate: the value of a more short-sighted problem, whose greedy score is a better
+    (`margin`, where that is more) above the growth rate: the value of a more short-sighted problem, whose greedy score is a better
     start for beta itself. Where the growth rate is within `margin` of beta, the value is finite but
     not yet to be estimated, and the rate is raised to their sum. With a finite horizon every score
     has a value, and nothing is changed. The first feature must be the constant.
@@ -209,7 +219,7 @@ def solve(
     generator = discount_rate * jnp.eye(size) - jnp.linalg.solve(gram, loss)
     # the constant neither grows nor falls; what matters is growth modulo constants
     growth = spectral_abscissa(generator[1:, 1:])
-    room = jnp.where(growth < discount_rate, margin, STEEP)
+    room = jnp.where(growth < discount_rate, margin, jnp.maximum(margin, STEEP))
     rate = jnp.maximum(discount_rate, growth + room)
     rate = jnp.where(finite_horizon, discount_rate, rate)
     extra = (rate - discount_rate) * gram

@@ -62,6 +62,10 @@ SCALE_SECONDS = 10.0
 CAUTIOUS_SECONDS = 10.0
 """Time in which least squares come to trust a growth rate that is close to the discount rate."""
 
+LARGEST_LEVERAGE = 30.0
+"""Rows of larger features count less, in proportion: with multiplicative noise the state's tails are
+so heavy that averages of its fourth powers would never settle."""
+
 SATURATED = 0.95
 """An action component beyond this share of its range counts as saturated."""
 
@@ -501,15 +505,16 @@ class CQSM:
         seconds = jnp.mean(batch.dt)
         keep = jnp.exp(-seconds / (self.window * jnp.maximum(state.learned, seconds)))
         if self.test_function == "weighted":
-            # dM^2 scatters with its own mean, which grows as the features do
-            light = 1.0 / jnp.mean(phi**2 / jnp.mean(phi**2, axis=0, keepdims=True), axis=1)
-            light = (light / jnp.sum(light))[:, None]
+            size = martingale.leverage(phi)
+            # dM^2 scatters with the square of its own mean, which grows as the features do
+            light = (1.0 / size / jnp.sum(1.0 / size))[:, None]
             gram = keep * learner.variance_gram + (light * phi).T @ phi
             gain = keep * learner.variance_gain + (light * phi).T @ (increment**2 / batch.dt)
             unit = jax.lax.rsqrt(jnp.diagonal(gram))
             scaled = unit[:, None] * gram * unit[None] + 1e-4 * jnp.eye(len(unit))
             variance = phi @ (unit * jnp.linalg.solve(scaled, unit * gain))
             weight = martingale.variance_weight(variance)
+            weight = weight * jnp.minimum(1.0, LARGEST_LEVERAGE / size)
             weight = weight / jnp.mean(weight)
         else:
             gram, gain = learner.variance_gram, learner.variance_gain

@@ -34,6 +34,7 @@ class LQ(SDEEnvironment):
     num_envs: Annotated[int, Range(1, 65536)] = 128
     dt: Annotated[float, Range(0, low_open=True)] = 0.01
     duration: Annotated[float, Range(0, low_open=True)] = 4.0
+    substeps: Annotated[int, Range(1, 1000)] = 4  # Euler's step gives an oscillator energy
     problem: str = SCALAR
     """The problem: a JSON file on the command line, its text in Python."""
     spread: Annotated[float, Range(0)] = 1.2
