@@ -63,8 +63,8 @@ CAUTIOUS_SECONDS = 10.0
 """Time in which least squares come to trust a growth rate that is close to the discount rate."""
 
 LARGEST_LEVERAGE = 30.0
-"""Rows of larger features count less, in proportion: with multiplicative noise the state's tails are
-so heavy that averages of its fourth powers would never settle."""
+"""Rows of larger features count less, in proportion: with multiplicative noise the state's tails
+are so heavy that averages of its fourth powers would never settle."""
 
 SATURATED = 0.95
 """An action component beyond this share of its range counts as saturated."""
