@@ -1,6 +1,7 @@
 """CQSM against linear-quadratic closed forms, and on a real task."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,29 @@ def test_irregular_steps_learn_it_too():
     session = learn(environment, qs.CQSM(preset="linear_quadratic"))
     error = compare(session.algorithm, environment, session.runner.agent).relative_error
     assert max(error.values()) < 0.06, error
+
+
+def test_a_score_that_stays_inadmissible_is_explained(tmp_path, capsys):
+    # an action of at most 8 cannot hold dx = (3 x + a / 20) dt
+    problem = {
+        "A": [[3.0]],
+        "B": [[0.05]],
+        "sigma_a": 0.6,
+        "M": [[1.0, 0.0], [0.0, 0.1]],
+        "score_cost": 30.0,
+        "discount_rate": 0.2,
+    }
+    environment = LQ(id="lq", problem=json.dumps(problem), num_envs=16)
+    algorithm = qs.CQSM(preset="linear_quadratic", warmup_steps=160, updates_per_step=1 / 16)
+    run = qs.train(
+        algorithm, environment, steps=4_800, eval_episodes=1, out=tmp_path / "run", progress=False
+    )
+    said = capsys.readouterr().err
+    assert "seed 0 did not find a score with a finite value; the score was not admissible" in said
+    gap = run.summary["lq"]["return_gap"][0]
+    assert gap is None or gap > 1.0
+    text = (run.folder / "summary.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
 def test_features_are_all_monomials_up_to_degree_two_times_powers_of_time():

@@ -261,7 +261,7 @@ def _conclude(done: Run) -> None:
         errors = {**summary["lq"]["relative_error"], "return gap": summary["lq"]["return_gap"]}
         print("error against the closed form, per seed", file=sys.stderr)
         for name, values in errors.items():
-            row = "  ".join(f"{value:8.3%}" for value in values)
+            row = "  ".join("infinite" if value is None else f"{value:8.3%}" for value in values)
             print(f"  {name:<21}{row}", file=sys.stderr)
         print(f"learned against exact  {done.folder / 'plots' / 'lq.png'}", file=sys.stderr)
     print(

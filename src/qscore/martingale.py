@@ -207,9 +207,10 @@ def solve(
     value is finite if and only if its growth rate is below beta. Where it is not, the equations
     still have a solution, which means nothing. They are then solved at a discount rate `STEEP`
     (or `margin`, where that is more) above the growth rate: the value of a more short-sighted
-    problem, whose greedy score is a better start for beta itself. Where the growth rate is within `margin` of beta, the value is finite but
-    not yet to be estimated, and the rate is raised to their sum. With a finite horizon every score
-    has a value, and nothing is changed. The first feature must be the constant.
+    problem, whose greedy score is a better start for beta itself. Where the growth rate is within
+    `margin` of beta, the value is finite but not yet to be estimated, and the rate is raised to
+    their sum. With a finite horizon every score has a value, and nothing is changed. The first
+    feature must be the constant.
     """
     size = sums.gram.shape[0]
     # unit diagonal, so that the ridge means the same for every feature

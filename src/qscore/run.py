@@ -36,7 +36,7 @@ from qscore.folder import (
 from qscore.log import ProgressBar, RunLog
 from qscore.plots import plot_comparisons, plot_returns, read_evals
 from qscore.statistics import summarize
-from qscore.train_host import Diverged, Session, chunk_steps
+from qscore.train_host import Diverged, Session, chunk_steps, inadmissible
 
 PLOT_SECONDS = 15.0
 """The learning curve is redrawn at evaluations, but not more often than this."""
@@ -287,6 +287,11 @@ class _Loop:
                     **metrics,
                 }
             )
+            if self.env_steps == self.run.settings.steps and (why := inadmissible(metrics)):
+                self.bar.warn(
+                    f"seed {session.seed} did not find a score with a finite value{why}. Longer "
+                    "training, shorter episodes or a higher discount rate would help."
+                )
             saturation = metrics.get("action_saturation", 0.0)
             if saturation > SATURATION_WARNING and not self.saturation_warned:
                 self.saturation_warned = True
@@ -363,7 +368,11 @@ class _Loop:
             errors = [c.relative_error for c in comparisons.values()]
             summary["lq"] = {
                 "relative_error": {name: [e[name] for e in errors] for name in errors[0]},
-                "return_gap": [c.return_gap for c in comparisons.values()],
+                # null: the score lets the state grow faster than the discount falls
+                "return_gap": [
+                    c.return_gap if math.isfinite(c.return_gap) else None
+                    for c in comparisons.values()
+                ],
             }
             plot_comparisons(comparisons, self.run.folder / "plots" / "lq.png")
         write_json(self.run.folder / "summary.json", summary)

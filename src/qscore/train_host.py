@@ -131,6 +131,17 @@ class Diverged(FloatingPointError):
     """Training produced a number that is not finite."""
 
 
+def inadmissible(metrics: dict[str, float]) -> str:
+    """Why a value estimated by continuous-time methods means nothing; empty where it does."""
+    margin = metrics.get("stability_margin", 0.0)
+    if margin >= 0.0:
+        return ""
+    return (
+        "; the score was not admissible: quadratic functions of state and action grew by "
+        f"{-margin:.2g} per second more than the discount rate allows, and its value is infinite"
+    )
+
+
 def episode_seed(*stream: int) -> int:
     """The seed of one episode: a hash of the integers that name it."""
     return int(np.random.SeedSequence(stream).generate_state(1)[0] >> 1)
@@ -376,6 +387,7 @@ class Session:
         self.updates = 0
         self.sums: dict[str, float] = {}  # metrics since the last log, summed over updates
         self.summed = 0
+        self.latest: dict[str, float] = {}  # metrics of the latest updates
 
     def advance(self, until: int) -> None:
         """Collect to the end of the current chunk (or `until`), then take the updates due.
@@ -400,12 +412,20 @@ class Session:
             what = ", ".join(bad) if bad else "the parameters"
             raise Diverged(
                 f"not finite: {what} (seed {self.seed}, env step {self.env_steps}, "
-                f"updates {self.updates + 1} to {due})"
+                f"updates {self.updates + 1} to {due}){self._before()}"
             )
+        self.latest = values
         self.updates = due
         self.summed += updates
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value * updates
+
+    def _before(self) -> str:
+        """What the metrics said last, for the message of a divergence."""
+        if not self.latest:
+            return "; these were its first updates"
+        said = ", ".join(f"{name} {value:.3g}" for name, value in sorted(self.latest.items()))
+        return f"; in the updates before: {said}{inadmissible(self.latest)}"
 
     def evaluate(self, seed: int) -> tuple[list[float], list[int]]:
         """`evaluate` of the current agent, exploration off and best-of-N off."""

@@ -548,14 +548,15 @@ class CQSM:
             state,
             (Quadratic(theta, powers), score, FeatureLearner(sums, gram, gain), scale),
         )
-        return state, {
+        metrics = {
             "critic_loss": jnp.mean(increment**2 / batch.dt),
             "q": jnp.mean(phi @ theta),
             "gradient_scale": scale,
-            "growth_rate": fit.growth_rate,
-            "discount_rate": fit.discount_rate,
             "penalty_rate": jnp.mean(penalty),
         }
+        if not powers:  # with a finite horizon every score has a value
+            metrics["stability_margin"] = constants.discount_rate - fit.growth_rate
+        return state, metrics
 
     def _learn_networks(self, state: CQSMState, batch: Transition, *, key: Key):
         constants, cost = state.constants, self.cost(state)
