@@ -125,7 +125,9 @@ def leverage(phi: Float[AnyArray, "batch params"]) -> Float[AnyArray, " batch"]:
     15 for quadratic features.
     """
     typical = jnp.exp(jnp.mean(jnp.log(phi**2 + 1e-12), axis=0, keepdims=True))
-    return jnp.mean(phi**2 / typical, axis=1)
+    # features that are often zero have no geometric mean worth the name
+    typical = jnp.maximum(typical, 1e-4 * jnp.mean(phi**2, axis=0, keepdims=True))
+    return jnp.mean(phi**2 / (typical + 1e-12), axis=1)
 
 
 STEEP = 0.2

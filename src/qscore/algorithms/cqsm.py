@@ -179,7 +179,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "inner_steps": 4,
         "critics": 2,
         "target_rate": 0.15,
-        "average_share": 0.0,
+        "average_share": 0.05,
         "critic_lr": 1e-3,
         "score_lr": 1e-3,
         "hidden": (256, 256),
@@ -505,7 +505,8 @@ class CQSM:
         seconds = jnp.mean(batch.dt)
         keep = jnp.exp(-seconds / (self.window * jnp.maximum(state.learned, seconds)))
         if self.test_function == "weighted":
-            size = martingale.leverage(phi)
+            # by the features themselves: powers of the time are small early on, and mean nothing
+            size = martingale.leverage(phi[:, : phi.shape[1] // (powers + 1)])
             # dM^2 scatters with the square of its own mean, which grows as the features do
             light = (1.0 / size / jnp.sum(1.0 / size))[:, None]
             gram = keep * learner.variance_gram + (light * phi).T @ phi
@@ -535,7 +536,9 @@ class CQSM:
             finite_horizon=bool(powers),
             margin=jnp.exp(-state.learned / CAUTIOUS_SECONDS),
         )
-        ready = state.learned > 1.0
+        # the terminal reward is all that ties Q down in a finite horizon: it must have been seen
+        wait = 1.0 + (1.2 * constants.horizon if powers else 0.0)
+        ready = state.learned > wait
         theta = jnp.where(ready, fit.theta, critic.theta)
         follow = -jnp.expm1(-self.relaxation_rate * seconds)
         old: Any = state.score
