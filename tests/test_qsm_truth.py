@@ -55,12 +55,18 @@ def numpy_mish(x):
     return x * np.tanh(np.log1p(np.exp(x)))
 
 
+def silu(x):
+    return x / (1.0 + np.exp(-x))
+
+
 def numpy_q(critic, obs, action):
-    return numpy_mlp(critic.mlp, np.concatenate([obs, action], axis=-1), relu)[0][..., 0]
+    activation = {jax.nn.relu: relu, jax.nn.silu: silu}[critic.mlp.activation]
+    return numpy_mlp(critic.mlp, np.concatenate([obs, action], axis=-1), activation)[0][..., 0]
 
 
 def numpy_gradient(critic, obs, action):
-    """dQ/da of one critic at every row, by back-propagation written out."""
+    """dQ/da of one critic with ReLU at every row, by back-propagation written out."""
+    assert critic.mlp.activation is jax.nn.relu
     _, inputs = numpy_mlp(critic.mlp, np.concatenate([obs, action], axis=-1), relu)
     layers = critic.mlp.layers
     gradient = np.broadcast_to(layers[-1].weight[:, 0], inputs[-1].shape)
@@ -697,6 +703,7 @@ def test_official_preset_is_the_released_code():
         "average_rate": 1.0,  # the released actor has no average
         "actor_lr": 3e-4,
         "critic_lr": 3e-4,
+        "critic_activation": "relu",
         "actor_decay_steps": 2_000_000,
         "batch_size": 256,
         "warmup_steps": 10_000,

@@ -79,8 +79,16 @@ class Critic(eqx.Module):
 
     mlp: MLP
 
-    def __init__(self, obs_size: int, action_size: int, hidden: Sequence[int], *, key: Key):
-        self.mlp = MLP((obs_size + action_size, *hidden, 1), jax.nn.relu, key=key)
+    def __init__(
+        self,
+        obs_size: int,
+        action_size: int,
+        hidden: Sequence[int],
+        *,
+        activation: Activation = jax.nn.relu,
+        key: Key,
+    ):
+        self.mlp = MLP((obs_size + action_size, *hidden, 1), activation, key=key)
 
     def __call__(self, obs: Float[Array, " obs"], action: Float[Array, " act"]) -> Float[Array, ""]:
         return self.mlp(jnp.concatenate([obs, action]))[0]

@@ -33,9 +33,10 @@ schedule; (4) the chain inside the critic's target carries no noise (smoothing n
 end), and neither does the chain at evaluation; (5) both of those run a running average of the
 actor; (6) the critics' mean makes the target, not their minimum; (7) exploration adds more noise,
 the random warm-up is shorter, the step sizes are larger and the actor's is constant; (8) the
-networks see standardised observations. `preset="official"` undoes all eight and is the published
-algorithm as its released code computes it, in that code's order: the critics, then the actor
-against the new critics. Only the width differs, (512, 512) there: see `hidden`.
+networks see standardised observations; (9) the critics are smooth functions. `preset="official"`
+undoes all nine and is the published algorithm as its released code computes it, in that code's
+order: the critics, then the actor against the new critics. Only the width differs, (512, 512)
+there: see `hidden`.
 """
 
 from dataclasses import dataclass
@@ -155,10 +156,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "normalize_observations": True,
         "pessimism": 0.0,
         "average_rate": 0.005,
-        "actor_lr": 5e-4,
-        "critic_lr": 5e-4,
+        "actor_lr": 1e-3,
+        "critic_lr": 1e-3,
+        "critic_activation": "silu",
         "actor_decay_steps": None,
-        "warmup_steps": 3_000,
+        "warmup_steps": 1_000,
     },
     "official": {
         "target": "gradient",
@@ -174,6 +176,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "average_rate": 1.0,
         "actor_lr": 3e-4,
         "critic_lr": 3e-4,
+        "critic_activation": "relu",
         "actor_decay_steps": 2_000_000,
         "warmup_steps": 10_000,
     },
@@ -237,6 +240,9 @@ class QSM:
     """Adam's step size for the actor, in (0, inf)."""
     critic_lr: Annotated[float, Range(0, low_open=True)] = preset_field()
     """Adam's step size for the critics, in (0, inf)."""
+    critic_activation: Literal["relu", "silu"] = preset_field()
+    """Between the critics' layers. The actor learns from their gradient, which ReLU makes piecewise
+    constant."""
     actor_decay_steps: Annotated[int | None, Range(1)] = preset_field()
     """Updates over which the actor's step size falls to zero on a cosine, in [1, inf); None is
     constant."""
@@ -260,7 +266,13 @@ class QSM:
         actor_key, critics_key = jr.split(key)
         actor = ScoreNetwork(spec.obs_size, spec.action_size, self.hidden, key=actor_key)
         critics = jax.vmap(
-            lambda key: Critic(spec.obs_size, spec.action_size, self.hidden, key=key)
+            lambda key: Critic(
+                spec.obs_size,
+                spec.action_size,
+                self.hidden,
+                activation=getattr(jax.nn, self.critic_activation),
+                key=key,
+            )
         )(jr.split(critics_key, 2))
         return QSMState(
             actor=actor,
