@@ -1,7 +1,8 @@
-"""QSM's default preset, one part changed at a time.
+"""The default presets of QSM and CQSM, one part changed at a time.
 
     python benchmarks/ablation.py --environment HalfCheetah-v5 --steps 20000 --seeds 0 1 \\
         --out benchmarks/results/ablation-halfcheetah.json
+    python benchmarks/ablation.py --algorithm cqsm --out benchmarks/results/ablation-cqsm.json
 
 Each variant and seed is one training run; its mean evaluation return (10 episodes, no exploration)
 every `--eval-every` steps goes into the JSON file as soon as it is known. Runs that are already in
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from qscore import QSM, Host
+from qscore import CQSM, QSM, Host
 from qscore.train_host import Session
 
 # The prototype that the search began from, then the steps that led away from it.
@@ -27,7 +28,7 @@ SLOW = {"actor_lr": 3e-4, "critic_lr": 3e-4}
 AVERAGED = CAUTIOUS | SLOW | {"warmup_steps": 5_000}
 START = AVERAGED | {"average_rate": 1.0}
 FAST = CAUTIOUS | {"actor_lr": 1e-3, "critic_lr": 1e-3, "warmup_steps": 2_000}
-VARIANTS: dict[str, dict[str, Any]] = {
+QSM_VARIANTS: dict[str, dict[str, Any]] = {
     "start": START,
     "start, temperature 0.05": START | {"temperature": 0.05},
     "start, noise prediction": START | {"prediction": "noise"},
@@ -56,11 +57,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "running gradient scale": {"normalization": "running"},
     "target posterior": {"target": "posterior"},
 }
+CQSM_VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "raw inputs": {"normalize_inputs": False},
+    "ReLU critics": {"critic_activation": "relu"},
+    "raw inputs, ReLU critics": {"normalize_inputs": False, "critic_activation": "relu"},
+    "penalty 1": {"penalty": 1.0},
+    "score on replayed actions only": {"uniform_share": 0.0, "score_spread": 0.0},
+    "one critic": {"critics": 1},
+    "no target networks": {"target_rate": None},
+    "one inner step": {"inner_steps": 1},
+    "half the action noise": {"action_noise": 0.9},
+    "steps 3e-4": {"critic_lr": 3e-4, "score_lr": 3e-4},
+    "no average": {"average_share": 0.0},
+    "fixed score cost": {"cost_unit": "reward", "score_cost": 0.05},
+}
+ALGORITHMS: dict[str, Any] = {"qsm": (QSM, QSM_VARIANTS), "cqsm": (CQSM, CQSM_VARIANTS)}
 
 
-def measure(environment: str, steps: int, seed: int, every: int, fields: dict[str, Any]):
+def measure(algorithm: Any, environment: str, steps: int, seed: int, every: int):
     """Mean evaluation return by environment step of one training run."""
-    session = Session(QSM(**fields), Host(environment), seed, steps=steps, eval_episodes=10)
+    session = Session(algorithm, Host(environment), seed, steps=steps, eval_episodes=10)
     curve = {}
     while session.env_steps < steps:
         session.advance(min(steps, (session.env_steps // every + 1) * every))
@@ -83,16 +100,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("--algorithm", choices=list(ALGORITHMS), default="qsm")
     parser.add_argument("--environment", default="HalfCheetah-v5")
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--eval-every", type=int, default=10_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--only", nargs="+", help="names of variants; all by default")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
 
+    kind, variants = ALGORITHMS[args.algorithm]
+    unknown = set(args.only or []) - set(variants)
+    if unknown:
+        parser.error(f"no variant {sorted(unknown)[0]!r}; there are {', '.join(variants)}")
     results = {
+        "algorithm": args.algorithm,
         "environment": args.environment,
         "steps": args.steps,
         "machine": f"{platform.machine()}, one core per run",
@@ -101,13 +124,12 @@ def main() -> None:
     if args.out.exists():
         results = json.loads(args.out.read_text())
     if not args.table:
-        for name in args.only:
+        for name in args.only or variants:
             for seed in args.seeds:
                 runs = results["variants"].setdefault(name, {})
                 if str(seed) not in runs:
-                    fields = VARIANTS[name]
                     runs[str(seed)] = measure(
-                        args.environment, args.steps, seed, args.eval_every, fields
+                        kind(**variants[name]), args.environment, args.steps, seed, args.eval_every
                     )
                     args.out.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))

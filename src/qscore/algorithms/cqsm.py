@@ -266,6 +266,12 @@ class CQSM:
     """Largest component of the score that is learned, in (0, inf), actions per second."""
     hidden: Annotated[tuple[int, ...], Range(1)] = preset_field()
     """Hidden layer widths of network critics and scores, each in [1, inf)."""
+    critic_activation: Literal["relu", "silu"] = "silu"
+    """Between a network critic's layers. The score learns from its gradient, which ReLU makes
+    piecewise constant."""
+    normalize_inputs: bool = True
+    """Whether networks see observations and actions of mean 0 and variance 1, by running
+    moments."""
     first_action: Annotated[float, Range(0)] = preset_field()
     """Standard deviation of an explored episode's first action, in [0, inf), half action ranges."""
     batch_size: Annotated[int, Range(1)] = preset_field()
@@ -318,8 +324,9 @@ class CQSM:
         else:
             moments = Moments.unit(size + spec.action_size)
             sizes = (size + spec.action_size, *self.hidden)
+            activation = getattr(jax.nn, self.critic_activation)
             critic = NetworkQ(
-                jax.vmap(lambda key: MLP((*sizes, 1), jax.nn.silu, key=key))(
+                jax.vmap(lambda key: MLP((*sizes, 1), activation, key=key))(
                     jr.split(critic_key, self.critics)
                 ),
                 jax.tree.map(
@@ -580,10 +587,9 @@ class CQSM:
                 q = q - slope(learner.target) @ (moved - still)
             return jnp.min(q), 0.5 * cost * effort
 
-        moments = observe(
-            state.score.moments,  # pyright: ignore[reportAttributeAccessIssue]
-            jnp.concatenate([batch.obs, batch.action], axis=1),
-        )
+        moments = state.score.moments  # pyright: ignore[reportAttributeAccessIssue]
+        if self.normalize_inputs:
+            moments = observe(moments, jnp.concatenate([batch.obs, batch.action], axis=1))
         stacked = jax.tree.map(
             lambda leaf: jnp.broadcast_to(leaf, (self.critics, *leaf.shape)), moments
         )
