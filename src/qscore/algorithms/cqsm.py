@@ -474,10 +474,8 @@ class CQSM:
             drifted = action + dt * psi
             noise = jnp.sqrt(dt) * constants.action_noise
             if self.control_variate:
-                # phi is quadratic: its mean over Gaussian noise is exact to second order
-                second = jax.hessian(phi_of, argnums=1)(next_obs, drifted)
-                phi_next = phi_of(next_obs, drifted) + 0.5 * jnp.einsum(
-                    "fab,ac,bc->f", second, noise, noise
+                phi_next = martingale.mean_over_noise(
+                    lambda action: phi_of(next_obs, action), drifted, noise
                 )
             else:
                 moved = drifted + noise @ jr.normal(key, action.shape)
