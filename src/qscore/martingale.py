@@ -164,12 +164,15 @@ def path_sums(
     `weight` is right; the best is 1 over the variance of the reward to go.
     """
 
-    def ahead(rate: Float[Array, " steps"], end: Float[Array, ""]) -> Float[Array, " steps"]:
-        return to_go(rate, jnp.zeros_like(rate), end, dt, discount_rate=discount_rate)
-
-    weighted = phi * (weight * dt)[:, None]
-    shift = jax.vmap(ahead, in_axes=(1, None), out_axes=1)(shift_rate, jnp.zeros_like(terminal))
-    return PathSums(weighted.T @ phi, weighted.T @ ahead(net_rate, terminal), weighted.T @ shift)
+    free = jnp.zeros_like(dt)
+    total = to_go(net_rate, free, terminal, dt, discount_rate=discount_rate)
+    shift = jax.vmap(
+        lambda rate: to_go(rate, free, jnp.zeros_like(terminal), dt, discount_rate=discount_rate),
+        in_axes=1,
+        out_axes=1,
+    )(shift_rate)
+    weighted = jnp.asarray(phi * (weight * dt)[:, None])
+    return PathSums(weighted.T @ phi, weighted.T @ total, weighted.T @ shift)
 
 
 def add_up(one: Callable[[Any], Any], paths: Any, *, chunk: int = 256) -> Any:

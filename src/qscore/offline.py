@@ -75,12 +75,14 @@ class Evaluation(NamedTuple):
 class Improvement(NamedTuple):
     """A policy found by policy iteration on one data set.
 
-    - `agent`: the last evaluation's: its score is the policy.
+    - `agent`: the last round's: its score is the policy.
+    - `agents`: one per round; their critic is Q of the score before, their score the improved one.
     - `changes`: relative change of the score over the data in every round; the first is 1.
     - `growth_rates`: of the score that each round evaluated, see `Evaluation`.
     """
 
     agent: CQSMState
+    agents: tuple[CQSMState, ...]
     changes: tuple[float, ...]
     growth_rates: tuple[float, ...]
 
@@ -144,10 +146,11 @@ def improve(
         psi = data.behaviour
     else:
         psi = jnp.zeros_like(data.rows.action)
-    changes, growth, found = [], [], None
+    agents, changes, growth, found = [], [], [], None
     for _ in range(rounds):
         found = data.evaluate(psi, FIXED_POINT_ROUNDS)
-        new = data.greedy(found.theta)
+        agents.append(data.agent(found.theta))
+        new = data.greedy(agents[-1])
         changes.append(float(jnp.sqrt(jnp.sum((new - psi) ** 2) / jnp.sum(new**2))))
         growth.append(found.growth)
         psi = new
@@ -162,7 +165,7 @@ def improve(
             f"stabilises the task, or a higher `discount_rate`. {COVERAGE}"
         )
     _settled(changes, "the score", "policy iteration")
-    return Improvement(data.agent(found.theta), tuple(changes), tuple(growth))
+    return Improvement(agents[-1], tuple(agents), tuple(changes), tuple(growth))
 
 
 class _Found(NamedTuple):
@@ -251,9 +254,9 @@ class _Data:
             lambda s: (s.critic, s.score, s.average_score), self.state, (potential,) * 3
         )
 
-    def greedy(self, theta: Float[Array, " params"]) -> Float[Array, "paths steps act"]:
-        """The greedy score where the next action is due."""
-        return _greedy(self.algorithm, self.agent(theta), self.rows)
+    def greedy(self, agent: CQSMState) -> Float[Array, "paths steps act"]:
+        """An agent's score where the next action is due."""
+        return _greedy(self.algorithm, agent, self.rows)
 
     def evaluate(self, psi: Float[Array, "paths steps act"], rounds: int) -> _Found:
         """theta of the score whose values along the data are `psi`."""
@@ -427,9 +430,9 @@ def _check_episodes(spec: Spec, episodes: Transition) -> None:
             )
     if np.min(episodes.dt) <= 0.0:
         path, step = np.argwhere(np.asarray(episodes.dt) <= 0.0)[0]
+        got = float(episodes.dt[path, step])
         raise ValueError(
-            f"`episodes.dt` must be above 0 seconds, got {float(episodes.dt[path, step]):g} at path "
-            f"{path}, step {step}."
+            f"`episodes.dt` must be above 0 seconds, got {got:g} at path {path}, step {step}."
         )
 
 
