@@ -21,6 +21,7 @@ INFINITE = LQ(id="lq")  # unstable: the zero score is inadmissible
 ALGORITHM = qs.CQSM(preset="linear_quadratic")
 BEHAVIOUR = (np.array([[-0.7, -1.6]]), np.zeros(1))
 TARGET = (np.array([[-1.0, -2.0]]), np.array([0.1]))
+FAR = (np.array([[0.8, -1.5]]), np.zeros(1))
 TIMES = (0.0, 0.25, 0.5, 0.75)
 BOUND = 8.0
 
@@ -112,10 +113,10 @@ def test_the_off_policy_correction_finds_the_targets_value(recorded):
     assert error(FINITE, deceived.agent, valued(TARGET), "grad_a_q") > 0.2
 
 
-def test_least_squares_find_the_targets_value_from_the_same_paths(recorded):
-    found = offline.evaluate(ALGORITHM, FINITE.spec, recorded, score=linear(*TARGET))
-    assert error(FINITE, found.agent, valued(TARGET), "grad_a_q") < 0.06
-    assert error(FINITE, found.agent, valued(BEHAVIOUR), "grad_a_q") > 0.1
+def test_least_squares_find_the_value_of_a_distant_score_from_the_same_paths(recorded):
+    found = offline.evaluate(ALGORITHM, FINITE.spec, recorded, score=linear(*FAR))
+    assert error(FINITE, found.agent, valued(FAR), "grad_a_q") < 0.06
+    assert error(FINITE, found.agent, valued(BEHAVIOUR), "grad_a_q") > 0.2
 
 
 @pytest.mark.slow
@@ -134,13 +135,14 @@ def test_improving_by_the_martingale_loss_reaches_the_optimum(recorded):
         recorded,
         method="martingale_loss",
         behaviour=linear(*BEHAVIOUR),
+        start=linear(*FAR),
     )
 
     def best(time):
         return lq.solve(FINITE.solved_problem, time)
 
     errors = [error(FINITE, agent, best, "score") for agent in found.agents]
-    assert errors[0] > 0.08 and errors[-1] < 0.05, errors
+    assert errors[0] > 0.2 and errors[-1] < 0.05, errors
 
 
 @pytest.mark.parametrize("behaviour", [linear(*TARGET), None], ids=["diffusion", "jumps"])

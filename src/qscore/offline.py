@@ -366,8 +366,10 @@ def _weights(algorithm: CQSM, rows: _Rows, powers: int) -> Float[Array, "paths s
     if algorithm.test_function == "gradient":
         return jnp.ones_like(rows.dt)
     z = _plain(rows.obs, rows.action, powers)
-    mean, std = jnp.mean(z, axis=(0, 1)), jnp.maximum(jnp.std(z, axis=(0, 1)), 1e-12)
-    return 1.0 / (1.0 + jnp.sum(((z - mean) / std) ** 2, axis=2))
+    axes = (0, 1)
+    spread = jnp.maximum(jnp.std(z, axis=axes, keepdims=True), 1e-12)
+    standard = (z - jnp.mean(z, axis=axes, keepdims=True)) / spread
+    return 1.0 / (1.0 + jnp.sum(standard**2, axis=2))
 
 
 def _powers(state: CQSMState) -> int:
