@@ -242,10 +242,7 @@ def test_path_sums_regress_on_what_is_to_go():
     to_go = [sum(rate[k:] * dt[k:]) + end for k in range(5)]
     shift = np.stack([np.sum(slope[k:] * dt[k:, None], axis=0) for k in range(5)])
     weighted = phi * (weight * dt)[:, None]
-    arrays = (jnp.asarray(v) for v in (phi, slope, rate))
-    sums = martingale.path_sums(
-        *arrays, jnp.array(end), jnp.asarray(weight), jnp.asarray(dt), discount_rate=0.0
-    )
+    sums = martingale.path_sums(phi, slope, rate, jnp.array(end), weight, dt, discount_rate=0.0)
     assert_close(sums.gram, weighted.T @ phi)
     assert_close(sums.gain, weighted.T @ np.array(to_go, np.float32), loosen=3.0, why="sums of ten")
     assert_close(sums.shift, weighted.T @ shift, loosen=3.0, why="sums of ten")
