@@ -10,7 +10,7 @@
    from one data set, by least squares: actions that diffuse, and actions drawn anew at every step.
    The problem is the one of `qscore train cqsm lq`; the first score is zero, which is inadmissible.
 
-All seeds are printed and written. About five minutes on one core.
+All seeds are printed and written. About seven minutes on two shared cores.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def gradient_error(environment: LQ, agent: Any, score: Any, times: list[float]) 
 
             return jax.grad(q)(z[n:])
 
-        exact = lq.evaluate(problem, *score, time).gradient(z)
+        exact = lq.evaluate(problem, score[0], score[1], time).gradient(z)
         found = np.asarray(jax.vmap(slope)(jnp.asarray(z, jnp.float32)))
         apart, size = apart + np.mean((found - exact) ** 2), size + np.mean(exact**2)
     return round(float(np.sqrt(apart / size)), 4)
