@@ -98,6 +98,13 @@ def test_the_linear_quadratic_page_shows_what_the_command_prints(capsys):
     ]
 
 
+def test_the_offline_example_of_the_cqsm_page_finds_the_exact_score(capsys):
+    run_python(DOCS / "algorithms" / "cqsm.md")
+    words = capsys.readouterr().out.split()
+    assert words[::2] == ["learned", "exact"]
+    assert float(words[1]) == pytest.approx(float(words[3]), rel=0.05)
+
+
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory) -> Path:
     """The run folder that the Python of the starting page makes."""

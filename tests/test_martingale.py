@@ -232,3 +232,46 @@ def test_off_policy_rate_turns_the_behaviours_value_into_the_targets():
         *(jnp.asarray(v, jnp.float32) for v in (score, behaviour, slope))
     )
     assert_close(rate, np.sum((score - behaviour) * slope, axis=1).astype(np.float32))
+
+
+def test_path_sums_regress_on_what_is_to_go():
+    generator = np.random.default_rng(9)
+    phi, slope = (generator.standard_normal((5, 3)).astype(np.float32) for _ in range(2))
+    rate, weight = (generator.uniform(0.5, 1.5, 5).astype(np.float32) for _ in range(2))
+    dt, end = np.full(5, 0.1, np.float32), 2.0
+    to_go = [sum(rate[k:] * dt[k:]) + end for k in range(5)]
+    shift = np.stack([np.sum(slope[k:] * dt[k:, None], axis=0) for k in range(5)])
+    weighted = phi * (weight * dt)[:, None]
+    sums = martingale.path_sums(phi, slope, rate, jnp.array(end), weight, dt, discount_rate=0.0)
+    assert_close(sums.gram, weighted.T @ phi)
+    assert_close(sums.gain, weighted.T @ np.array(to_go, np.float32), loosen=3.0, why="sums of ten")
+    assert_close(sums.shift, weighted.T @ shift, loosen=3.0, why="sums of ten")
+
+
+def test_the_fixed_point_solves_the_corrected_normal_equations():
+    generator = np.random.default_rng(10)
+    root, shift = generator.standard_normal((2, 4, 4))
+    gram = root @ root.T + np.eye(4)
+    shift, gain = 0.1 * shift, generator.standard_normal(4)
+    sums = martingale.PathSums(*(jnp.asarray(v, jnp.float32) for v in (gram, gain, shift)))
+    found = martingale.off_policy_fixed_point(sums, rounds=12, ridge=0.0)
+    exact = np.linalg.solve(gram - shift, gain)
+    np.testing.assert_allclose(found.theta, exact, rtol=1e-4, atol=1e-5)
+    assert float(found.changes[0]) == pytest.approx(1.0)
+    assert float(found.changes[-1]) < 1e-4
+    once = martingale.off_policy_fixed_point(sums, rounds=1, ridge=0.0)
+    np.testing.assert_allclose(once.theta, np.linalg.solve(gram, gain), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("paths", [2, 6, 7])
+def test_adding_up_does_not_depend_on_the_chunk(paths):
+    values = np.random.default_rng(11).standard_normal((paths, 3)).astype(np.float32)
+    total = martingale.add_up(lambda row: jnp.outer(row, row), jnp.asarray(values), chunk=3)
+    assert_close(total, values.T @ values, loosen=3.0, why="sums of squares")
+
+
+def test_the_mean_over_noise_is_exact_for_quadratics():
+    noise = jnp.array([[0.3, 0.1], [0.0, 0.2]])
+    action = jnp.array([0.5, -1.0])
+    found = martingale.mean_over_noise(lambda a: jnp.outer(a, a).ravel(), action, noise)
+    assert_close(found, (jnp.outer(action, action) + noise @ noise.T).ravel())

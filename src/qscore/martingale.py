@@ -11,7 +11,7 @@ length dt, `increment` below, has mean zero given the past exactly for the right
 * *orthogonality*: E[xi dM] = 0 for every test function xi known at the step's start. With a Q that
   is linear in features, those are linear equations, `LeastSquares`.
 * *martingale loss*: Q(t, Z_t) is the conditional mean of what the path earns from t on,
-  `to_go`; regressing on that is the projection of the true Q.
+  `to_go`; regressing on that is the projection of the true Q. With features, `PathSums`.
 
 dM is noise of order sqrt(dt) around a signal of order dt. Averages of xi dM therefore enter
 without any further dt: step sizes are then per second and one choice serves every dt. Minimising
@@ -19,7 +19,8 @@ E[dM^2] does *not* find Q: as dt -> 0 that is the quadratic variation, least for
 Nothing here knows about reinforcement learning.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -128,6 +129,113 @@ def leverage(phi: Float[AnyArray, "batch params"]) -> Float[AnyArray, " batch"]:
     # features that are often zero have no geometric mean worth the name
     typical = jnp.maximum(typical, 1e-4 * jnp.mean(phi**2, axis=0, keepdims=True))
     return jnp.mean(phi**2 / (typical + 1e-12), axis=1)
+
+
+def mean_over_noise(
+    function: Callable[[Float[Array, " act"]], Float[Array, " out"]],
+    action: Float[Array, " act"],
+    noise: Float[Array, "act act"],
+) -> Float[Array, " out"]:
+    """E f(a + noise xi) for xi ~ N(0, I), to second order in the noise: exact for a quadratic f."""
+    second = jax.hessian(function)(action)
+    return function(action) + 0.5 * jnp.einsum("fab,ac,bc->f", second, noise, noise)
+
+
+class PathSums(eqx.Module):
+    """The martingale loss of Q = theta . phi as normal equations, gram theta = gain + shift theta.
+
+    Regressing on what a path earns needs paths of the score itself. Where the actions followed
+    another diffusion, with the score Psi_b, a path must also earn (Psi - Psi_b) . grad_a Q
+    (`off_policy_rate`), which is linear in theta: `shift`.
+
+    With weights w dt in the regression:
+
+    - `gram`: sum of w phi phi' dt.
+    - `gain`: sum of w phi dt times the net reward to go.
+    - `shift`: sum of w phi dt times (Psi - Psi_b) . grad_a phi' to go.
+    """
+
+    gram: Float[Array, "params params"]
+    gain: Float[Array, " params"]
+    shift: Float[Array, "params params"]
+
+
+def path_sums(
+    phi: Float[AnyArray, "steps params"],
+    shift_rate: Float[AnyArray, "steps params"],
+    net_rate: Float[AnyArray, " steps"],
+    terminal: Float[Array, ""],
+    weight: Float[AnyArray, " steps"],
+    dt: Float[AnyArray, " steps"],
+    *,
+    discount_rate: Float[Array, ""] | float,
+) -> PathSums:
+    """The sums of one path that runs to the end of its horizon.
+
+    `net_rate` is the reward rate less the penalty rate of the score that is evaluated, and
+    `shift_rate` is (Psi - Psi_b) . grad_a phi, zero for the behaviour's own value. Any positive
+    `weight` is right; the best is 1 over the variance of the reward to go.
+    """
+
+    free = jnp.zeros_like(dt)
+    total = to_go(net_rate, free, terminal, dt, discount_rate=discount_rate)
+    shift = jax.vmap(
+        lambda rate: to_go(rate, free, jnp.zeros_like(terminal), dt, discount_rate=discount_rate),
+        in_axes=1,
+        out_axes=1,
+    )(shift_rate)
+    weighted = jnp.asarray(phi * (weight * dt)[:, None])
+    return PathSums(weighted.T @ phi, weighted.T @ total, weighted.T @ shift)
+
+
+def add_up(one: Callable[[Any], Any], paths: Any, *, chunk: int = 256) -> Any:
+    """sum_i one(paths[i]) over the leading axis of a pytree, with `chunk` paths at a time in
+    memory; the rest of an uneven division is a smaller chunk."""
+    whole = jax.tree.leaves(paths)[0].shape[0] // chunk * chunk
+
+    def block(paths: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), jax.vmap(one)(paths))
+
+    total = block(jax.tree.map(lambda leaf: leaf[whole:], paths))  # of no path at all: zeros
+    blocks = jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, chunk, *leaf.shape[1:]), paths)
+
+    def step(total: Any, paths: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, block(paths)), None
+
+    return jax.lax.scan(step, total, blocks)[0]
+
+
+class FixedPoint(NamedTuple):
+    """theta after the last round, and by how much every round changed Q.
+
+    `changes` are relative to the new Q, both in L2 over the paths; the first is 1.
+    """
+
+    theta: Float[Array, " params"]
+    changes: Float[Array, " rounds"]
+
+
+def off_policy_fixed_point(sums: PathSums, *, rounds: int, ridge: float = 1e-6) -> FixedPoint:
+    """Regress, correct the regressand with the Q found, regress again: `rounds` regressions.
+
+    The first one is without correction, which is right on the score's own paths. A correction only
+    acts on earlier times of a path, so the rounds converge over every finite horizon (Picard's
+    iteration), fast where (Psi - Psi_b) . grad_a Q over the horizon is small against Q. `ridge` is
+    relative to each feature's own size.
+    """
+    unit = jax.lax.rsqrt(jnp.maximum(jnp.diagonal(sums.gram), 1e-30))
+    gram = unit[:, None] * sums.gram * unit[None]
+    factor = jax.scipy.linalg.cho_factor(gram + ridge * jnp.eye(len(unit)))
+
+    def regress(theta: Float[Array, " params"], _: None):
+        target = unit * (sums.gain + sums.shift @ theta)
+        new = unit * jax.scipy.linalg.cho_solve(factor, target)
+        apart, size = new - theta, new
+        change = jnp.sqrt((apart @ sums.gram @ apart) / (size @ sums.gram @ size))
+        return new, change
+
+    theta, changes = jax.lax.scan(regress, jnp.zeros_like(unit), None, length=rounds)
+    return FixedPoint(theta, changes)
 
 
 STEEP = 0.2

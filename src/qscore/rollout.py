@@ -5,6 +5,7 @@ randomness is `fold_in(fold_in(key, step), row)`, so it depends neither on the c
 other rows, and a continued run needs no random state.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -235,3 +236,49 @@ def evaluate_on_device(
         agent, jnp.arange(len(seeds)), reset_keys, key
     )
     return np.asarray(returns).astype(float).tolist(), np.asarray(lengths).tolist()
+
+
+def record(
+    environment: SDEEnvironment,
+    first: Callable[[Float[Array, " obs"], Key], Float[Array, " act"]],
+    move: Callable[[Float[Array, " obs"], Float[Array, " act"], Key], Float[Array, " act"]],
+    *,
+    paths: int,
+    key: Key,
+) -> Transition:
+    """Whole episodes side by side, axes [paths, steps]: a data set for `qscore.offline`.
+
+    `first(obs, key)` is an episode's first action and `move(obs, action, key)` each next one, from
+    the action before it; both in [-1, 1].
+
+    Raises `ValueError` where episodes are not all equally long, `EnvironmentFailure` where the
+    state left the numbers.
+    """
+    if environment.irregular:
+        raise ValueError("`environment` must have regular steps; leave out `dt_min` and `dt_max`.")
+    steps = round(environment.duration / environment.dt)
+
+    def path(key):
+        begin_key, first_key, path_key = jr.split(key, 3)
+        state = environment.begin(begin_key)
+
+        def one(carry, i):
+            state, action = carry
+            move_key, step_key = jr.split(jr.fold_in(path_key, i))
+            obs = environment.observation(state)
+            action = jnp.where(i == 0, action, move(obs, action, move_key))
+            after, out = environment.advance(state, action, key=step_key)
+            row = Transition(obs, action, out.reward, out.obs, out.terminated, state.time, out.dt)
+            return (after, action), row
+
+        start = (state, first(environment.observation(state), first_key))
+        return jax.lax.scan(one, start, jnp.arange(steps))[1]
+
+    episodes = jax.jit(jax.vmap(path))(row_keys(key, paths))
+    if bool(jnp.any(episodes.terminated[:, :-1])):
+        raise ValueError(f"episodes of {environment.id} end early; their lengths must be equal.")
+    if not np.isfinite(np.asarray(episodes.next_obs)).all():
+        raise EnvironmentFailure(
+            f"{environment.id} left the numbers: its state grew without bound under `move`."
+        )
+    return episodes

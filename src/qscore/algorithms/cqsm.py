@@ -485,10 +485,8 @@ class CQSM:
             drifted = action + dt * psi
             noise = jnp.sqrt(dt) * constants.action_noise
             if self.control_variate:
-                # phi is quadratic: its mean over Gaussian noise is exact to second order
-                second = jax.hessian(phi_of, argnums=1)(next_obs, drifted)
-                phi_next = phi_of(next_obs, drifted) + 0.5 * jnp.einsum(
-                    "fab,ac,bc->f", second, noise, noise
+                phi_next = martingale.mean_over_noise(
+                    lambda action: phi_of(next_obs, action), drifted, noise
                 )
             else:
                 moved = drifted + noise @ jr.normal(key, action.shape)
@@ -500,7 +498,8 @@ class CQSM:
             batch.obs, batch.next_obs, batch.action, batch.dt, keys
         )
         phi_next = alive[:, None] * phi_next
-        net = batch.reward / batch.dt - self.penalty * penalty
+        # no action moves where an episode has ended
+        net = batch.reward / batch.dt - self.penalty * penalty * alive
         increment = martingale.increment(
             phi @ critic.theta,
             phi_next @ critic.theta,
@@ -607,7 +606,7 @@ class CQSM:
                     q,
                     alive * q_next,
                     batch.reward / batch.dt,
-                    self.penalty * penalty,
+                    self.penalty * penalty * alive,
                     batch.dt,
                     discount_rate=constants.discount_rate,
                 )
