@@ -218,7 +218,22 @@ def test_traces_decay_per_second():
 
 def test_variance_weights_are_floored():
     weight = martingale.variance_weight(jnp.array([1.0, 3.0, -5.0, 9.0]))
-    assert_close(weight, jnp.array([1.0, 1.0 / 3.0, 1.0 / 0.2, 1.0 / 9.0]))
+    assert_close(weight, jnp.array([1.0, 1.0 / 3.0, 1.0 / 0.325, 1.0 / 9.0]))
+    # an estimate of the variance that is negative everywhere says nothing
+    lost = martingale.variance_weight(jnp.array([-1.0, -2.0]))
+    assert_close(lost / jnp.mean(lost), jnp.ones(2))
+
+
+def test_leverage_is_in_units_of_typical_rows():
+    z = np.random.default_rng(3).standard_normal((2_000, 3))
+    z[0] = 1e6  # an outlier, which would be typical of a mean
+    phi = jnp.asarray(np.concatenate([np.ones((2_000, 1)), z, z**2], axis=1), jnp.float32)
+    leverage = np.asarray(martingale.leverage(phi))
+    assert 5.0 < np.median(leverage) < 20.0
+    assert leverage[0] > 1e3 * np.sort(leverage)[-2]
+    # features that are mostly zero do not make every other row an outlier
+    rare = phi.at[:, 1].set(jnp.where(jnp.arange(2_000) % 10 == 0, phi[:, 1], 0.0))
+    assert np.median(martingale.leverage(rare)) < 50.0
 
 
 def test_off_policy_rate_turns_the_behaviours_value_into_the_targets():

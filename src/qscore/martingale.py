@@ -125,10 +125,12 @@ def leverage(phi: Float[AnyArray, "batch params"]) -> Float[AnyArray, " batch"]:
     Typical is the geometric mean, which outliers do not move. Gaussian states have values about
     15 for quadratic features.
     """
-    typical = jnp.exp(jnp.mean(jnp.log(phi**2 + 1e-12), axis=0, keepdims=True))
-    # features that are often zero have no geometric mean worth the name
-    typical = jnp.maximum(typical, 1e-4 * jnp.mean(phi**2, axis=0, keepdims=True))
-    return jnp.mean(phi**2 / (typical + 1e-12), axis=1)
+    square = phi**2
+    # of the values that are not zero: a feature that often is has no geometric mean otherwise
+    there = (square > 1e-12).astype(square.dtype)
+    logs = jnp.sum(there * jnp.log(jnp.maximum(square, 1e-12)), axis=0, keepdims=True)
+    typical = jnp.exp(logs / jnp.maximum(jnp.sum(there, axis=0, keepdims=True), 1.0))
+    return jnp.mean(square / typical, axis=1)
 
 
 def mean_over_noise(

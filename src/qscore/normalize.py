@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qscore.types import AnyArray
+
 SLOWEST = 1e-3
 """Least weight of a batch: the moments follow a distribution that goes on moving."""
 
@@ -25,7 +27,7 @@ class Moments(eqx.Module):
         return Moments(jnp.zeros(size), jnp.ones(size), jnp.zeros(()))
 
 
-def observe(moments: Moments, batch: Float[Array, "batch size"]) -> Moments:
+def observe(moments: Moments, batch: Float[AnyArray, "batch size"]) -> Moments:
     """The moments after one more batch: plain averages at first, exponential ones later."""
     rate = jnp.maximum(1.0 / (moments.batches + 1.0), SLOWEST)
     mean = moments.mean + rate * (jnp.mean(batch, axis=0) - moments.mean)
