@@ -46,7 +46,7 @@ QSM_VARIANTS: dict[str, dict[str, Any]] = {
     "raw observations": {"normalize_observations": False},
     "ReLU critics": {"critic_activation": "relu"},
     "steps 5e-4": {"actor_lr": 5e-4, "critic_lr": 5e-4},
-    "pessimism 1": {"pessimism": 1.0},
+    "pessimism 0": {"pessimism": 0.0},
     "exploration noise 0.1": {"exploration_noise": 0.1},
     "exploration noise 0.2": {"exploration_noise": 0.2},
     "steps 3e-4": SLOW,

@@ -31,12 +31,11 @@ Deviations of the default preset from the paper: (1) the target is "normalized",
 clipped to the action box, which bounds the regression however large the gradient; (3) cosine
 schedule; (4) the chain inside the critic's target carries no noise (smoothing noise is added to its
 end), and neither does the chain at evaluation; (5) both of those run a running average of the
-actor; (6) the critics' mean makes the target, not their minimum; (7) exploration adds more noise,
-the random warm-up is shorter, the step sizes are larger and the actor's is constant; (8) the
-networks see standardised observations; (9) the critics are smooth functions. `preset="official"`
-undoes all nine and is the published algorithm as its released code computes it, in that code's
-order: the critics, then the actor against the new critics. Only the width differs, (512, 512)
-there: see `hidden`.
+actor; (6) exploration adds more noise, the random warm-up is shorter, the step sizes are larger and
+the actor's is constant; (7) the networks see standardised observations; (8) the critics are smooth
+functions. `preset="official"` undoes all eight and is the published algorithm as its released code
+computes it, in that code's order: the critics, then the actor against the new critics. Only the
+width differs, (512, 512) there: see `hidden`.
 """
 
 from dataclasses import dataclass
@@ -154,7 +153,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "exploration_noise": 0.3,
         "eval_chain_noise": 0.0,
         "normalize_observations": True,
-        "pessimism": 0.0,
         "average_rate": 0.005,
         "actor_lr": 1e-3,
         "critic_lr": 1e-3,
@@ -172,7 +170,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "exploration_noise": 0.1,
         "eval_chain_noise": 1.0,
         "normalize_observations": False,
-        "pessimism": 1.0,
         "average_rate": 1.0,
         "actor_lr": 3e-4,
         "critic_lr": 3e-4,
@@ -229,7 +226,7 @@ class QSM:
     training never uses it."""
     discount: Annotated[float, Range(0, 1, high_open=True)] = 0.99
     """Discount factor per environment step, in [0, 1)."""
-    pessimism: Annotated[float, Range(0, 1)] = preset_field()
+    pessimism: Annotated[float, Range(0, 1)] = 1.0
     """How far the critic's target goes from the critics' mean to their minimum, in [0, 1]."""
     target_rate: Annotated[float, Range(0, 1, low_open=True)] = 0.005
     """Weight of the new parameters when the target critics follow, in (0, 1], per update."""
