@@ -178,6 +178,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "average_share": 0.0,
         "critic_lr": 1e-3,
         "score_lr": 1e-3,
+        "decay_seconds": None,
         "hidden": (256, 256),
         "first_action": 0.0,
         "score_spread": 0.2,
@@ -194,14 +195,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "inner_steps": 1,
         "critics": 1,
         "target_rate": None,
-        "average_share": 0.5,
+        "average_share": 0.4,
         "critic_lr": 3e-3,
         "score_lr": 3e-3,
+        "decay_seconds": 30.0,
         "hidden": (64, 64),
         "first_action": 0.15,
-        "score_spread": 0.05,
+        "score_spread": 0.15,
         "uniform_share": 0.0,
-        "batch_size": 512,
+        "batch_size": 256,
         "warmup_steps": 1_280,
         "updates_per_step": 1.0 / 128.0,
         # 16 s of 128 copies: what early, worse scores led to is rare and large
@@ -254,6 +256,9 @@ class CQSM:
     """Adam's step size for network critics at a control step of 0.05 s, in (0, inf)."""
     score_lr: Annotated[float, Range(0, low_open=True)] = preset_field()
     """The same for the score, in (0, inf)."""
+    decay_seconds: Annotated[float | None, Range(0, low_open=True)] = preset_field()
+    """Experience, in (0, inf) seconds, that halves both step sizes; they fall as
+    1 / (1 + experience / decay_seconds). None is constant step sizes."""
     score_spread: Annotated[float, Range(0)] = preset_field()
     """Standard deviation about replayed actions where the score is regressed, in [0, inf)."""
     uniform_share: Annotated[float, Range(0, 1)] = preset_field()
@@ -556,6 +561,8 @@ class CQSM:
         rows, seconds = batch.reward.shape[0], jnp.mean(batch.dt)
         # dM is noise of order sqrt(dt), which Adam divides by
         pace = jnp.sqrt(seconds / REFERENCE_DT)
+        if self.decay_seconds is not None:
+            pace = pace / (1.0 + state.learned / self.decay_seconds)
 
         def ahead(next_obs, action, dt, key):
             """The smallest target Q at the next state and action, and the penalty's rate."""
