@@ -44,7 +44,7 @@ class LQ(SDEEnvironment):
     """Actions are kept in [-bound, bound], in (0, inf): far out, as the theory has no bounds."""
 
     recommended: ClassVar[dict[str, str]] = {"cqsm": "linear_quadratic"}
-    default_steps: ClassVar[int] = 1_280_000
+    default_steps: ClassVar[int] = 2_560_000
 
     def __post_init__(self):
         super().__post_init__()
