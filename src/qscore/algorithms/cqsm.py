@@ -148,7 +148,7 @@ class VarianceFit(eqx.Module):
         unit = jax.lax.rsqrt(jnp.diagonal(gram))
         scaled = unit[:, None] * gram * unit[None] + 1e-4 * jnp.eye(len(unit))
         variance = jnp.maximum(phi @ (unit * jnp.linalg.solve(scaled, unit * gain)), 0.0)
-        weight = martingale.variance_weight(variance + shift * jnp.mean(variance))
+        weight: Any = martingale.variance_weight(variance + shift * jnp.mean(variance))
         return weight / jnp.mean(weight), VarianceFit(gram, gain)
 
 
