@@ -11,7 +11,7 @@ import pytest
 
 import qscore as qs
 from qscore.algorithms.cqsm import quadratic_features
-from qscore.closed_form import compare
+from qscore.closed_form import compare, continuous
 from qscore.environments import LQ
 from qscore.train_host import Session
 
@@ -79,6 +79,84 @@ def test_a_score_that_stays_inadmissible_is_explained(tmp_path, capsys):
     assert gap is None or gap > 1.0
     text = (run.folder / "summary.json").read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_networks_learn_the_closed_form_in_a_quarter_of_the_time():
+    session = learn(
+        LQ(id="lq"), qs.CQSM(preset="linear_quadratic", critic="network"), steps=640_000
+    )
+    comparison = compare(session.algorithm, LQ(id="lq"), session.runner.agent)
+    assert comparison.relative_error["score"] < 0.12, comparison.relative_error
+    assert 0.0 <= comparison.return_gap < 0.03
+
+
+def held_optimum(problem, dt, substeps):
+    """P and K of the fixed point of CQSM's equations with actions held over steps dt, by iteration.
+
+    State by Euler steps, reward by the trapezoidal rule, then the action by one Euler step.
+    """
+    beta, G, size = problem.discount_rate, problem.G, len(problem.M)
+    span = -np.expm1(-beta * dt) / beta
+    euler = np.eye(size) + dt / substeps * problem.F
+    held = np.linalg.matrix_power(euler, substeps)
+    reward, reached = np.zeros_like(problem.M), np.eye(size)
+    for _ in range(substeps):
+        ahead = euler @ reached
+        reward += 0.5 * (reached.T @ problem.M @ reached + ahead.T @ problem.M @ ahead) / substeps
+        reached = ahead
+    P = qs.lq.solve(problem).P
+    for _ in range(100_000):
+        K = -G.T @ P / problem.score_cost
+        moved = np.eye(size) + dt * G @ K
+        after = span * problem.score_cost * K.T @ K + np.exp(-beta * dt) * moved.T @ P @ moved
+        last, P = P, span * reward + held.T @ after @ held
+        if np.abs(P - last).max() < 1e-13:
+            return P, K
+    raise AssertionError("no fixed point")
+
+
+def test_half_a_step_on_the_error_of_held_actions_is_of_second_order():
+    problem = qs.lq.Problem(
+        A=[[0.2, 0.5], [-0.5, -0.1]],
+        B=[[1.0], [0.4]],
+        sigma_a=0.5,
+        M=np.diag([1.0, 0.5, 0.2]),
+        score_cost=0.3,
+        discount_rate=1e-3,  # charging the score's cost half a step early costs an order beta dt
+    )
+    exact = qs.lq.solve(problem)
+    z = np.random.default_rng(0).standard_normal((500, 3))
+    plain, corrected = {}, {}
+    for dt in (0.04, 0.02):
+        P, K = held_optimum(problem, dt, substeps=64)
+        P, K = jnp.asarray(P, jnp.float32), jnp.asarray(K, jnp.float32)
+
+        def at(z, P=P, K=K, dt=dt):
+            full = lambda a: jnp.concatenate([z[:2], a])  # noqa: E731
+
+            def both(a):
+                return continuous(
+                    lambda a: -0.5 * full(a) @ P @ full(a),
+                    lambda a: K @ full(a),
+                    a,
+                    score_cost=problem.score_cost,
+                    dt=dt,
+                )
+
+            (_, score), gradient = jax.value_and_grad(both, has_aux=True)(z[2:])
+            return score, gradient
+
+        score, gradient = jax.vmap(at)(jnp.asarray(z, jnp.float32))
+        size = np.linalg.norm(exact.score(z))
+        plain[dt] = np.linalg.norm(z @ np.asarray(K).T - exact.score(z)) / size
+        corrected[dt] = [
+            np.linalg.norm(np.asarray(score) - exact.score(z)) / size,
+            np.linalg.norm(np.asarray(gradient) - exact.gradient(z)) / (0.3 * size),
+        ]
+    assert plain[0.04] > 0.02 and plain[0.04] / plain[0.02] == pytest.approx(2.0, rel=0.2)
+    for coarse, fine in zip(corrected[0.04], corrected[0.02], strict=True):
+        assert coarse < 0.15 * plain[0.04]
+        assert coarse / fine > 3.0
 
 
 def test_features_are_all_monomials_up_to_degree_two_times_powers_of_time():

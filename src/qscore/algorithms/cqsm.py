@@ -122,18 +122,57 @@ class NetworkQ(eqx.Module):
         return self.mlp(standardize(self.moments, jnp.concatenate([obs, action])))[0]
 
 
+class VarianceFit(eqx.Module):
+    """Running sums of a regression of dM^2 / dt on quadratic features."""
+
+    gram: Float[Array, "features features"]
+    gain: Float[Array, " features"]
+
+    @staticmethod
+    def zeros(size: int) -> "VarianceFit":
+        """Nothing seen yet."""
+        return VarianceFit(1e-6 * jnp.eye(size), jnp.zeros(size))
+
+    def weights(
+        self,
+        phi: Float[Array, "batch features"],
+        increment: Float[Array, " batch"],
+        dt: Float[Array, " batch"],
+        *,
+        keep: Float[Array, ""],
+        powers: int = 0,
+        shift: float = 0.0,
+    ) -> tuple[Float[Array, " batch"], "VarianceFit"]:
+        """1 / (v + shift mean(v)), scaled to mean 1, and the sums after this batch.
+
+        Without the shift, networks learn too little where v is large, and can run away there.
+        """
+        # by the features themselves: powers of the time are small early on, and mean nothing
+        size = martingale.leverage(phi[:, : phi.shape[1] // (powers + 1)])
+        # dM^2 scatters with the square of its own mean, which grows as the features do
+        light = (1.0 / size / jnp.sum(1.0 / size))[:, None]
+        gram = keep * self.gram + (light * phi).T @ phi
+        gain = keep * self.gain + (light * phi).T @ (increment**2 / dt)
+        unit = jax.lax.rsqrt(jnp.diagonal(gram))
+        scaled = unit[:, None] * gram * unit[None] + 1e-4 * jnp.eye(len(unit))
+        variance = jnp.maximum(phi @ (unit * jnp.linalg.solve(scaled, unit * gain)), 0.0)
+        weight = martingale.variance_weight(variance + shift * jnp.mean(variance))
+        weight = weight * jnp.minimum(1.0, LARGEST_LEVERAGE / size)
+        return jnp.asarray(weight / jnp.mean(weight)), VarianceFit(gram, gain)
+
+
 class FeatureLearner(eqx.Module):
-    """Sums behind a linear critic: the orthogonality equations, and a regression of dM^2 / dt."""
+    """Sums behind a linear critic: the orthogonality equations, and the variance of dM."""
 
     sums: LeastSquares
-    variance_gram: Float[Array, "features features"]
-    variance_gain: Float[Array, " features"]
+    variance: VarianceFit
 
 
 class NetworkLearner(eqx.Module):
-    """What trains a network critic and score."""
+    """What trains a network critic and score; `variance` is fitted for weighted test functions."""
 
     target: NetworkQ
+    variance: VarianceFit | None
     critic_opt: optax.OptState
     score_opt: optax.OptState
 
@@ -176,12 +215,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "cost_unit": "gradient",
         # a cost tied to the gradient's size feeds back on it through the penalty, and runs away
         "penalty": 0.0,
+        "test_function": "gradient",
         "inner_steps": 4,
         "critics": 2,
         "target_rate": 0.15,
         "average_share": 0.05,
         "critic_lr": 1e-3,
         "score_lr": 1e-3,
+        "decay_seconds": None,
         "hidden": (256, 256),
         "first_action": 0.0,
         "score_spread": 0.2,
@@ -195,17 +236,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "critic": "features",
         "cost_unit": "reward",
         "penalty": 1.0,
+        "test_function": "weighted",
         "inner_steps": 1,
         "critics": 1,
         "target_rate": None,
-        "average_share": 0.5,
+        "average_share": 0.4,
         "critic_lr": 3e-3,
         "score_lr": 3e-3,
+        "decay_seconds": 30.0,
         "hidden": (64, 64),
         "first_action": 0.15,
-        "score_spread": 0.05,
+        "score_spread": 0.15,
         "uniform_share": 0.0,
-        "batch_size": 512,
+        "batch_size": 256,
         "warmup_steps": 1_280,
         "updates_per_step": 1.0 / 128.0,
         # 16 s of 128 copies: what early, worse scores led to is rare and large
@@ -239,9 +282,9 @@ class CQSM:
     """Share of the score's cost that is charged to Q, in [0, 1]; the theory's is 1."""
     inner_steps: Annotated[int, Range(1, 100)] = preset_field()
     """Euler-Maruyama steps of the action process per control step, in [1, 100]."""
-    test_function: Literal["gradient", "weighted"] = "weighted"
-    """xi: the critic's parameter gradient, or that over the increment's conditional variance.
-    Feature critics only; networks take the gradient."""
+    test_function: Literal["gradient", "weighted"] = preset_field()
+    """xi: the critic's parameter gradient, or that over the increment's conditional variance, which
+    is a regression of dM^2 / dt on quadratic features."""
     control_variate: bool = True
     """Take the simulated action noise's known effect off dM. For features this is exact."""
     relaxation_rate: Annotated[float, Range(0, low_open=True)] = 2.0
@@ -258,6 +301,9 @@ class CQSM:
     """Adam's step size for network critics at a control step of 0.05 s, in (0, inf)."""
     score_lr: Annotated[float, Range(0, low_open=True)] = preset_field()
     """The same for the score, in (0, inf)."""
+    decay_seconds: Annotated[float | None, Range(0, low_open=True)] = preset_field()
+    """Experience, in (0, inf) seconds, that halves both step sizes; they fall as
+    1 / (1 + experience / decay_seconds). None is constant step sizes."""
     score_spread: Annotated[float, Range(0)] = preset_field()
     """Standard deviation about replayed actions where the score is regressed, in [0, inf)."""
     uniform_share: Annotated[float, Range(0, 1)] = preset_field()
@@ -320,7 +366,7 @@ class CQSM:
             n = shape.shape[0]
             critic: Any = Quadratic(jnp.zeros(n), powers)
             score: Any = Quadratic(jnp.zeros(n), powers)
-            learner: Any = FeatureLearner(LeastSquares.zeros(n), 1e-6 * jnp.eye(n), jnp.zeros(n))
+            learner: Any = FeatureLearner(LeastSquares.zeros(n), VarianceFit.zeros(n))
         else:
             moments = Moments.unit(size + spec.action_size)
             sizes = (size + spec.action_size, *self.hidden)
@@ -338,8 +384,11 @@ class CQSM:
             # the first score is zero: acting begins as a random walk
             mlp = eqx.tree_at(lambda m: m.layers[-1].weight, mlp, jnp.zeros_like(last.weight))
             score = ScoreMLP(mlp, moments)
+            inputs = size + spec.action_size
+            quadratics = (inputs + 1) * (inputs + 2) // 2
             learner = NetworkLearner(
                 jax.tree.map(jnp.copy, critic),
+                VarianceFit.zeros(quadratics) if self.test_function == "weighted" else None,
                 optax.adam(1.0).init(critic.mlp),
                 optax.adam(1.0).init(score.mlp),
             )
@@ -471,6 +520,10 @@ class CQSM:
             average = state.score
         return eqx.tree_at(lambda s: s.average_score, state, average), metrics
 
+    def keep(self, state: CQSMState, seconds: Float[Array, ""]) -> Float[Array, ""]:
+        """What running sums keep while `seconds` more are learned from."""
+        return jnp.exp(-seconds / (self.window * jnp.maximum(state.learned, seconds)))
+
     def _learn_features(self, state: CQSMState, batch: Transition, *, key: Key):
         constants, cost = state.constants, self.cost(state)
         learner: Any = state.learner
@@ -509,23 +562,10 @@ class CQSM:
             discount_rate=constants.discount_rate,
         )
         seconds = jnp.mean(batch.dt)
-        keep = jnp.exp(-seconds / (self.window * jnp.maximum(state.learned, seconds)))
+        keep = self.keep(state, seconds)
+        weight, variance = jnp.ones_like(net), learner.variance
         if self.test_function == "weighted":
-            # by the features themselves: powers of the time are small early on, and mean nothing
-            size = martingale.leverage(phi[:, : phi.shape[1] // (powers + 1)])
-            # dM^2 scatters with the square of its own mean, which grows as the features do
-            light = (1.0 / size / jnp.sum(1.0 / size))[:, None]
-            gram = keep * learner.variance_gram + (light * phi).T @ phi
-            gain = keep * learner.variance_gain + (light * phi).T @ (increment**2 / batch.dt)
-            unit = jax.lax.rsqrt(jnp.diagonal(gram))
-            scaled = unit[:, None] * gram * unit[None] + 1e-4 * jnp.eye(len(unit))
-            variance = phi @ (unit * jnp.linalg.solve(scaled, unit * gain))
-            weight = martingale.variance_weight(variance)
-            weight = weight * jnp.minimum(1.0, LARGEST_LEVERAGE / size)
-            weight = weight / jnp.mean(weight)
-        else:
-            gram, gain = learner.variance_gram, learner.variance_gain
-            weight = jnp.ones_like(net)
+            weight, variance = variance.weights(phi, increment, batch.dt, keep=keep, powers=powers)
         sums = martingale.accumulate(
             learner.sums,
             weight[:, None] * phi,
@@ -555,7 +595,7 @@ class CQSM:
         state = eqx.tree_at(
             lambda s: (s.critic, s.score, s.learner, s.gradient_scale),
             state,
-            (Quadratic(theta, powers), score, FeatureLearner(sums, gram, gain), scale),
+            (Quadratic(theta, powers), score, FeatureLearner(sums, variance), scale),
         )
         metrics = {
             "critic_loss": jnp.mean(increment**2 / batch.dt),
@@ -574,6 +614,8 @@ class CQSM:
         rows, seconds = batch.reward.shape[0], jnp.mean(batch.dt)
         # dM is noise of order sqrt(dt), which Adam divides by
         pace = jnp.sqrt(seconds / REFERENCE_DT)
+        if self.decay_seconds is not None:
+            pace = pace / (1.0 + state.learned / self.decay_seconds)
 
         def ahead(next_obs, action, dt, key):
             """The smallest target Q at the next state and action, and the penalty's rate."""
@@ -597,11 +639,11 @@ class CQSM:
         q_next, penalty = jax.vmap(ahead)(batch.next_obs, batch.action, batch.dt, keys)
         alive = 1.0 - batch.terminated.astype(jnp.float32)
 
-        def critic_loss(mlps: Any):
+        def increments(mlps: Any) -> tuple[Any, Any]:
             critics = NetworkQ(mlps, stacked)
             q = jax.vmap(lambda critic: jax.vmap(critic)(batch.obs, batch.action))(critics)
 
-            def increments(q: Float[Array, " batch"]) -> Any:
+            def increment(q: Float[Array, " batch"]) -> Any:
                 return martingale.increment(
                     q,
                     alive * q_next,
@@ -611,8 +653,24 @@ class CQSM:
                     discount_rate=constants.discount_rate,
                 )
 
-            dm = jax.vmap(increments)(q)
-            loss = jnp.sum(jnp.mean(dm**2 / batch.dt[None], axis=1))
+            return jax.vmap(increment)(q), q
+
+        weight, variance = jnp.ones_like(batch.reward), learner.variance
+        if variance is not None:
+            dm, _ = increments(state.critic.mlp)  # pyright: ignore[reportAttributeAccessIssue]
+            phi = jax.vmap(lambda z: quadratic_features(z, z[:0], 0))(
+                jax.vmap(lambda z: standardize(moments, z))(
+                    jnp.concatenate([batch.obs, batch.action], axis=1)
+                )
+            )
+            rms = jnp.sqrt(jnp.mean(dm**2, axis=0))
+            weight, variance = variance.weights(
+                phi, rms, batch.dt, keep=self.keep(state, seconds), shift=1.0
+            )
+
+        def critic_loss(mlps: Any):
+            dm, q = increments(mlps)
+            loss = jnp.sum(jnp.mean(weight[None] * dm**2 / batch.dt[None], axis=1))
             return loss, {"critic_loss": loss, "q": jnp.mean(q)}
 
         # q_next is held fixed: the semi-gradient is the orthogonality update with xi = dQ/dtheta
@@ -658,7 +716,7 @@ class CQSM:
         state = eqx.tree_at(
             lambda s: (s.critic, s.score, s.learner, s.gradient_scale),
             state,
-            (critic, score, NetworkLearner(target, critic_opt, score_opt), scale),
+            (critic, score, NetworkLearner(target, variance, critic_opt, score_opt), scale),
         )
         saturated = jnp.mean((jnp.abs(batch.action) > SATURATED).astype(jnp.float32))
         return state, metrics | score_metrics | {
