@@ -57,6 +57,7 @@ def test_irregular_steps_learn_it_too():
     assert max(error.values()) < 0.06, error
 
 
+@pytest.mark.slow
 def test_networks_learn_the_closed_form_in_a_quarter_of_the_time():
     session = learn(
         LQ(id="lq"), qs.CQSM(preset="linear_quadratic", critic="network"), steps=640_000
