@@ -81,6 +81,7 @@ def test_a_score_that_stays_inadmissible_is_explained(tmp_path, capsys):
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
+@pytest.mark.slow
 def test_networks_learn_the_closed_form_in_a_quarter_of_the_time():
     session = learn(
         LQ(id="lq"), qs.CQSM(preset="linear_quadratic", critic="network"), steps=640_000
