@@ -265,7 +265,8 @@ def learner(name: str, dt: float, irregular: bool) -> tuple[Any, LQ]:
     times: dict[str, Any] = (
         {"dt_min": dt * 2 / 11, "dt_max": dt * 20 / 11} if irregular else {"dt": dt}
     )
-    environment = LQ(id="lq", problem=PROBLEM, num_envs=COPIES, **times)
+    # one Euler step per control step, as in `discrete_optimum`
+    environment = LQ(id="lq", problem=PROBLEM, num_envs=COPIES, substeps=1, **times)
     return LEARNERS[name](dt), environment
 
 
