@@ -310,6 +310,8 @@ def solve(
     discount_rate: Float[Array, ""] | float,
     finite_horizon: bool = False,
     margin: Float[Array, ""] | float = 0.0,
+    near: Float[Array, " params"] | None = None,
+    pull: float = 0.0,
     ridge: float = 1e-6,
 ) -> Fit:
     """theta with E[xi dM] = 0, at the least discount rate at which the value is finite.
@@ -323,6 +325,10 @@ def solve(
     `margin` of beta, the value is finite but not yet to be estimated, and the rate is raised to
     their sum. With a finite horizon every score has a value, and nothing is changed. The first
     feature must be the constant.
+
+    With `near`, the result is one implicit step from there,
+    E[xi dM] = pull E[xi phi'] (theta - near) dt: what is badly determined then changes slowly.
+    `pull` is in 1/s. The steps converge for plain test functions on the score's own experience.
     """
     size = sums.gram.shape[0]
     # unit diagonal, so that the ridge means the same for every feature
@@ -336,7 +342,11 @@ def solve(
     rate = jnp.maximum(discount_rate, growth + room)
     rate = jnp.where(finite_horizon, discount_rate, rate)
     extra = (rate - discount_rate) * gram
-    theta = unit * jnp.linalg.solve(loss + extra + ridge * jnp.eye(size), unit * sums.gain)
+    gain = unit * sums.gain
+    if near is not None:
+        extra = extra + pull * gram
+        gain = gain + pull * gram @ (near / unit)
+    theta = unit * jnp.linalg.solve(loss + extra + ridge * jnp.eye(size), gain)
     return Fit(theta, growth, rate)
 
 

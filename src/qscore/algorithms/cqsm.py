@@ -66,6 +66,12 @@ LARGEST_LEVERAGE = 30.0
 """Rows of larger features count less, in proportion: with multiplicative noise the state's tails
 are so heavy that averages of its fourth powers would never settle."""
 
+FINITE_WINDOW = 0.5
+"""Over a finite horizon only an episode's last step says where Q ends, and those are few."""
+
+PULL = 5.0
+"""1/s; how strongly least squares over a finite horizon hold on to their last solution."""
+
 SATURATED = 0.95
 """An action component beyond this share of its range counts as saturated."""
 
@@ -140,15 +146,13 @@ class VarianceFit(eqx.Module):
         dt: Float[Array, " batch"],
         *,
         keep: Float[Array, ""],
-        powers: int = 0,
         shift: float = 0.0,
     ) -> tuple[Float[Array, " batch"], "VarianceFit"]:
         """1 / (v + shift mean(v)), scaled to mean 1, and the sums after this batch.
 
         Without the shift, networks learn too little where v is large, and can run away there.
         """
-        # by the features themselves: powers of the time are small early on, and mean nothing
-        size = martingale.leverage(phi[:, : phi.shape[1] // (powers + 1)])
+        size = martingale.leverage(phi)
         # dM^2 scatters with the square of its own mean, which grows as the features do
         light = (1.0 / size / jnp.sum(1.0 / size))[:, None]
         gram = keep * self.gram + (light * phi).T @ phi
@@ -284,13 +288,15 @@ class CQSM:
     """Euler-Maruyama steps of the action process per control step, in [1, 100]."""
     test_function: Literal["gradient", "weighted"] = preset_field()
     """xi: the critic's parameter gradient, or that over the increment's conditional variance, which
-    is a regression of dM^2 / dt on quadratic features."""
+    is a regression of dM^2 / dt on quadratic features. Feature critics over a finite horizon take
+    the plain gradient."""
     control_variate: bool = True
     """Take the simulated action noise's known effect off dM. For features this is exact."""
     relaxation_rate: Annotated[float, Range(0, low_open=True)] = 2.0
     """Rate at which a feature score follows grad_a Q / lambda, in (0, inf), 1/s."""
     window: Annotated[float, Range(0, 1, low_open=True)] = 0.1
-    """Share of all experience that the least squares remember, in (0, 1]."""
+    """Share of all experience that the least squares remember, in (0, 1]; over a finite horizon at
+    least 0.5."""
     critics: Annotated[int, Range(1, 10)] = preset_field()
     """Network critics, in [1, 10]; the smallest makes the target, their mean the gradient."""
     target_rate: Annotated[float | None, Range(0, low_open=True)] = preset_field()
@@ -522,7 +528,8 @@ class CQSM:
 
     def keep(self, state: CQSMState, seconds: Float[Array, ""]) -> Float[Array, ""]:
         """What running sums keep while `seconds` more are learned from."""
-        return jnp.exp(-seconds / (self.window * jnp.maximum(state.learned, seconds)))
+        window = max(self.window, FINITE_WINDOW) if "time" in state.clock else self.window
+        return jnp.exp(-seconds / (window * jnp.maximum(state.learned, seconds)))
 
     def _learn_features(self, state: CQSMState, batch: Transition, *, key: Key):
         constants, cost = state.constants, self.cost(state)
@@ -580,6 +587,9 @@ class CQSM:
             sums,
             discount_rate=constants.discount_rate,
             finite_horizon=bool(powers),
+            # only the few rows at the end tell apart what solves the equations in between
+            near=critic.theta if powers else None,
+            pull=PULL,
             margin=jnp.exp(-state.learned / CAUTIOUS_SECONDS),
         )
         # the terminal reward is all that ties Q down in a finite horizon: it must have been seen
