@@ -146,13 +146,15 @@ class VarianceFit(eqx.Module):
         dt: Float[Array, " batch"],
         *,
         keep: Float[Array, ""],
+        heavy_tails: bool = False,
         shift: float = 0.0,
     ) -> tuple[Float[Array, " batch"], "VarianceFit"]:
         """1 / (v + shift mean(v)), scaled to mean 1, and the sums after this batch.
 
+        With `heavy_tails`, rows of large features count less in the regression and in the result.
         Without the shift, networks learn too little where v is large, and can run away there.
         """
-        size = martingale.leverage(phi)
+        size = martingale.leverage(phi) if heavy_tails else jnp.ones(phi.shape[0])
         # dM^2 scatters with the square of its own mean, which grows as the features do
         light = (1.0 / size / jnp.sum(1.0 / size))[:, None]
         gram = keep * self.gram + (light * phi).T @ phi
@@ -571,8 +573,10 @@ class CQSM:
         seconds = jnp.mean(batch.dt)
         keep = self.keep(state, seconds)
         weight, variance = jnp.ones_like(net), learner.variance
-        if self.test_function == "weighted":
-            weight, variance = variance.weights(phi, increment, batch.dt, keep=keep, powers=powers)
+        if self.test_function == "weighted" and not powers:
+            weight, variance = variance.weights(
+                phi, increment, batch.dt, keep=keep, heavy_tails=True
+            )
         sums = martingale.accumulate(
             learner.sums,
             weight[:, None] * phi,
