@@ -22,8 +22,7 @@ from qscore import CQSM, QSM, Host
 from qscore.train_host import Session
 
 # The prototype that the search began from, then the steps that led away from it.
-ROUGH = {"normalize_observations": False, "critic_activation": "relu"}
-CAUTIOUS = ROUGH | {"pessimism": 1.0, "exploration_noise": 0.1}
+CAUTIOUS = {"pessimism": 1.0, "exploration_noise": 0.1}
 SLOW = {"actor_lr": 3e-4, "critic_lr": 3e-4}
 AVERAGED = CAUTIOUS | SLOW | {"warmup_steps": 5_000}
 START = AVERAGED | {"average_rate": 1.0}
@@ -43,14 +42,14 @@ QSM_VARIANTS: dict[str, dict[str, Any]] = {
     | {"variance": "posterior", "temperature": 0.05},
     "steps 1e-3, noise in the target's chain": FAST | {"target_chain_noise": 1.0},
     "default": {},
-    "raw observations": {"normalize_observations": False},
-    "ReLU critics": {"critic_activation": "relu"},
-    "steps 5e-4": {"actor_lr": 5e-4, "critic_lr": 5e-4},
-    "pessimism 0": {"pessimism": 0.0},
+    "smooth critics": {"critic_activation": "silu"},
+    "standardised observations": {"normalize_observations": True},
+    "both": {"critic_activation": "silu", "normalize_observations": True},
+    "pessimism 1": {"pessimism": 1.0},
     "exploration noise 0.1": {"exploration_noise": 0.1},
     "exploration noise 0.2": {"exploration_noise": 0.2},
     "steps 3e-4": SLOW,
-    "warm-up 3000": {"warmup_steps": 3_000},
+    "warm-up 2000": {"warmup_steps": 2_000},
     "warm-up 5000": {"warmup_steps": 5_000},
     "no average": {"average_rate": 1.0},
     "noise in the target's chain": {"target_chain_noise": 1.0},

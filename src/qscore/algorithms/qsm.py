@@ -31,11 +31,11 @@ Deviations of the default preset from the paper: (1) the target is "normalized",
 clipped to the action box, which bounds the regression however large the gradient; (3) cosine
 schedule; (4) the chain inside the critic's target carries no noise (smoothing noise is added to its
 end), and neither does the chain at evaluation; (5) both of those run a running average of the
-actor; (6) exploration adds more noise, the random warm-up is shorter, the step sizes are larger and
-the actor's is constant; (7) the networks see standardised observations; (8) the critics are smooth
-functions. `preset="official"` undoes all eight and is the published algorithm as its released code
-computes it, in that code's order: the critics, then the actor against the new critics. Only the
-width differs, (512, 512) there: see `hidden`.
+actor; (6) the critics' mean makes the target, not their minimum; (7) exploration adds more noise,
+the random warm-up is shorter, the step sizes are larger and the actor's is constant.
+`preset="official"` undoes all seven and is the published algorithm as its released code computes
+it, in that code's order: the critics, then the actor against the new critics. Only the width
+differs, (512, 512) there: see `hidden`.
 """
 
 from dataclasses import dataclass
@@ -152,13 +152,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "target_chain_noise": 0.0,
         "exploration_noise": 0.3,
         "eval_chain_noise": 0.0,
-        "normalize_observations": True,
+        "pessimism": 0.0,
         "average_rate": 0.005,
-        "actor_lr": 1e-3,
-        "critic_lr": 1e-3,
-        "critic_activation": "silu",
+        "actor_lr": 5e-4,
+        "critic_lr": 5e-4,
         "actor_decay_steps": None,
-        "warmup_steps": 1_000,
+        "warmup_steps": 3_000,
     },
     "official": {
         "target": "gradient",
@@ -169,11 +168,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "target_chain_noise": 1.0,
         "exploration_noise": 0.1,
         "eval_chain_noise": 1.0,
-        "normalize_observations": False,
+        "pessimism": 1.0,
         "average_rate": 1.0,
         "actor_lr": 3e-4,
         "critic_lr": 3e-4,
-        "critic_activation": "relu",
         "actor_decay_steps": 2_000_000,
         "warmup_steps": 10_000,
     },
@@ -219,14 +217,14 @@ class QSM:
     """Standard deviation of the noise added to explored actions, in [0, inf), same unit."""
     eval_chain_noise: Annotated[float, Range(0, 1)] = preset_field()
     """Scale of the noise inside the chain when not exploring, in [0, 1]; 0 is deterministic."""
-    normalize_observations: bool = preset_field()
+    normalize_observations: bool = False
     """Whether the networks see observations of mean 0 and variance 1, by running moments."""
     best_of: Annotated[int, Range(1, 1024)] = 1
     """Act with the best of N sampled actions by the critics' mean, in [1, 1024]. Evaluation during
     training never uses it."""
     discount: Annotated[float, Range(0, 1, high_open=True)] = 0.99
     """Discount factor per environment step, in [0, 1)."""
-    pessimism: Annotated[float, Range(0, 1)] = 1.0
+    pessimism: Annotated[float, Range(0, 1)] = preset_field()
     """How far the critic's target goes from the critics' mean to their minimum, in [0, 1]."""
     target_rate: Annotated[float, Range(0, 1, low_open=True)] = 0.005
     """Weight of the new parameters when the target critics follow, in (0, 1], per update."""
@@ -237,7 +235,7 @@ class QSM:
     """Adam's step size for the actor, in (0, inf)."""
     critic_lr: Annotated[float, Range(0, low_open=True)] = preset_field()
     """Adam's step size for the critics, in (0, inf)."""
-    critic_activation: Literal["relu", "silu"] = preset_field()
+    critic_activation: Literal["relu", "silu"] = "relu"
     """Between the critics' layers. The actor learns from their gradient, which ReLU makes piecewise
     constant."""
     actor_decay_steps: Annotated[int | None, Range(1)] = preset_field()
