@@ -77,7 +77,11 @@ OBS = jnp.array([0.3, -0.8, 0.5], jnp.float32)
 def networks(state):
     """The parts of a state that are networks, by name; some follow others and are not trained."""
     parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    found = {name: part for name, part in parts.items() if isinstance(part, eqx.Module)}
+    found = {
+        name: part
+        for name, part in parts.items()
+        if isinstance(part, eqx.Module) and not isinstance(part, Moments)
+    }
     assert found, "a state keeps its networks as Equinox modules in fields of its own"
     return found
 

@@ -147,8 +147,9 @@ def improve(
     else:
         psi = jnp.zeros_like(data.rows.action)
     agents, changes, growth, found = [], [], [], None
-    for _ in range(rounds):
-        found = data.evaluate(psi, FIXED_POINT_ROUNDS)
+    for index in range(rounds):
+        # cautious at first: what a far score leads to is badly determined
+        found = data.evaluate(psi, FIXED_POINT_ROUNDS, margin=0.5**index)
         agents.append(data.agent(found.theta))
         new = data.greedy(agents[-1])
         changes.append(float(jnp.sqrt(jnp.sum((new - psi) ** 2) / jnp.sum(new**2))))
@@ -258,13 +259,15 @@ class _Data:
         """An agent's score where the next action is due."""
         return _greedy(self.algorithm, agent, self.rows)
 
-    def evaluate(self, psi: Float[Array, "paths steps act"], rounds: int) -> _Found:
-        """theta of the score whose values along the data are `psi`."""
+    def evaluate(
+        self, psi: Float[Array, "paths steps act"], rounds: int, margin: float = 0.0
+    ) -> _Found:
+        """theta of the score whose values along the data are `psi`; see `martingale.solve`."""
         asked = float(self.state.constants.discount_rate)
         if self.method == "least_squares":
             sums = _least_squares(self.algorithm, self.state, self.rows, psi)
             timed = _powers(self.state) > 0
-            fit = martingale.solve(sums, discount_rate=asked, finite_horizon=timed)
+            fit = martingale.solve(sums, discount_rate=asked, finite_horizon=timed, margin=margin)
             growth = float("nan") if timed else float(fit.growth_rate)
             found = _Found(fit.theta, (), growth, float(fit.discount_rate), asked)
         else:

@@ -36,7 +36,7 @@ class LQ(SDEEnvironment):
     # long enough to see where actions lead, and short enough that most of the experience is as wide
     # as the starts: a good score soon brings every copy to the same narrow band
     duration: Annotated[float, Range(0, low_open=True)] = 1.0
-    substeps: Annotated[int, Range(1, 1000)] = 4  # Euler's step gives an oscillator energy
+    substeps: Annotated[int, Range(1)] = 4  # Euler's step gives an oscillator energy
     problem: str = SCALAR
     """The problem: a JSON file on the command line, its text in Python."""
     spread: Annotated[float, Range(0)] = 1.2
