@@ -20,6 +20,7 @@ from helpers import assert_close, quick_jit
 
 from qscore import ALGORITHMS, ENVIRONMENTS, Host, Run, Settings, Spec, Transition, checkpoint
 from qscore.config import Range
+from qscore.normalize import Moments
 from qscore.train import init_runner, train_chunk
 
 SPEC = Spec(obs_size=3, action_size=2, dt=0.05, horizon=1.0)
