@@ -133,6 +133,17 @@ def leverage(phi: Float[AnyArray, "batch params"]) -> Float[AnyArray, " batch"]:
     return jnp.mean(square / typical, axis=1)
 
 
+def unit_diagonal(
+    gram: Float[Array, "params params"], *, ridge: float
+) -> tuple[Float[Array, " params"], Float[Array, "params params"]]:
+    """(unit, U gram U + ridge I) with U = diag(unit), of diagonal 1 but for the ridge.
+
+    The ridge then means the same for every feature, whatever its size.
+    """
+    unit = jax.lax.rsqrt(jnp.maximum(jnp.abs(jnp.diagonal(gram)), 1e-30))
+    return unit, unit[:, None] * gram * unit[None] + ridge * jnp.eye(len(unit))
+
+
 def mean_over_noise(
     function: Callable[[Float[Array, " act"]], Float[Array, " out"]],
     action: Float[Array, " act"],
@@ -225,9 +236,8 @@ def off_policy_fixed_point(sums: PathSums, *, rounds: int, ridge: float = 1e-6) 
     iteration), fast where (Psi - Psi_b) . grad_a Q over the horizon is small against Q. `ridge` is
     relative to each feature's own size.
     """
-    unit = jax.lax.rsqrt(jnp.maximum(jnp.diagonal(sums.gram), 1e-30))
-    gram = unit[:, None] * sums.gram * unit[None]
-    factor = jax.scipy.linalg.cho_factor(gram + ridge * jnp.eye(len(unit)))
+    unit, gram = unit_diagonal(sums.gram, ridge=ridge)
+    factor = jax.scipy.linalg.cho_factor(gram)
 
     def regress(theta: Float[Array, " params"], _: None):
         target = unit * (sums.gain + sums.shift @ theta)
@@ -250,19 +260,17 @@ class LeastSquares(eqx.Module):
     - `loss`: E xi (phi - e^{-beta dt} phi')' / dt.
     - `gram`: E xi phi'.
     - `gain`: E xi (r - penalty) span / dt.
-    - `weight`: total weight in the sums.
     """
 
     loss: Float[Array, "params params"]
     gram: Float[Array, "params params"]
     gain: Float[Array, " params"]
-    weight: Float[Array, ""]
 
     @staticmethod
     def zeros(size: int) -> "LeastSquares":
         """Nothing seen yet."""
         square = (size, size)
-        return LeastSquares(jnp.zeros(square), jnp.zeros(square), jnp.zeros(size), jnp.zeros(()))
+        return LeastSquares(jnp.zeros(square), jnp.zeros(square), jnp.zeros(size))
 
 
 def accumulate(
@@ -288,7 +296,6 @@ def accumulate(
         loss=keep * sums.loss + test.T @ (change / dt[:, None]) / rows,
         gram=keep * sums.gram + test.T @ phi / rows,
         gain=keep * sums.gain + test.T @ gain / rows,
-        weight=keep * sums.weight + 1.0,
     )
 
 
@@ -331,9 +338,7 @@ def solve(
     `pull` is in 1/s. The steps converge for plain test functions on the score's own experience.
     """
     size = sums.gram.shape[0]
-    # unit diagonal, so that the ridge means the same for every feature
-    unit = jax.lax.rsqrt(jnp.maximum(jnp.abs(jnp.diagonal(sums.gram)), 1e-30))
-    gram = unit[:, None] * sums.gram * unit[None] + ridge * jnp.eye(size)
+    unit, gram = unit_diagonal(sums.gram, ridge=ridge)
     loss = unit[:, None] * sums.loss * unit[None]
     generator = discount_rate * jnp.eye(size) - jnp.linalg.solve(gram, loss)
     # the constant neither grows nor falls; what matters is growth modulo constants

@@ -94,6 +94,15 @@ class Critic(eqx.Module):
         return self.mlp(jnp.concatenate([obs, action]))[0]
 
 
+def mean_q(
+    critics: Callable[..., Float[Array, ""]],
+    obs: Float[Array, " obs"],
+    action: Float[Array, " act"],
+) -> Float[Array, ""]:
+    """The mean of a stack of critics (leading axis) at one observation and action."""
+    return jnp.mean(jax.vmap(lambda critic: critic(obs, action))(critics))
+
+
 class FourierFeatures(eqx.Module):
     """[cos(2 pi w t), sin(2 pi w t)] with learned frequencies w ~ N(0, 0.2^2), t a noise level."""
 

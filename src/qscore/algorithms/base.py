@@ -2,9 +2,18 @@
 
 from typing import Protocol, runtime_checkable
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qscore.types import Carry, Key, Metrics, Spec, State, Transition
+from qscore.types import AnyArray, Carry, Key, Metrics, Spec, State, Transition
+
+SATURATED = 0.95
+"""An action component beyond this share of its range counts as saturated."""
+
+
+def saturation(action: Float[AnyArray, "batch act"]) -> Float[Array, ""]:
+    """Share of action components that lie at their bounds: the metric `action_saturation`."""
+    return jnp.mean((jnp.abs(action) > SATURATED).astype(jnp.float32))
 
 
 @runtime_checkable

@@ -44,9 +44,10 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from qscore import martingale
+from qscore.algorithms.base import saturation
 from qscore.config import Range, preset_field, resolve_preset, validate
 from qscore.martingale import LeastSquares
-from qscore.networks import MLP
+from qscore.networks import MLP, mean_q
 from qscore.normalize import Moments, observe, standardize
 from qscore.optimize import gradient_step, move_target
 from qscore.types import Key, Metrics, Spec, Transition
@@ -72,9 +73,6 @@ FINITE_WINDOW = 0.5
 PULL = 5.0
 """1/s; how strongly least squares over a finite horizon hold on to their last solution."""
 
-SATURATED = 0.95
-"""An action component beyond this share of its range counts as saturated."""
-
 
 class Quadratic(eqx.Module):
     """theta . phi(z, t): all monomials of z = (observation, action) up to degree two, times powers
@@ -83,14 +81,8 @@ class Quadratic(eqx.Module):
     theta: Float[Array, " features"]
     powers: int = eqx.field(static=True)
 
-    def features(
-        self, obs: Float[Array, " obs"], action: Float[Array, " act"]
-    ) -> Float[Array, " features"]:
-        """phi at one observation and action."""
-        return quadratic_features(obs, action, self.powers)
-
     def __call__(self, obs: Float[Array, " obs"], action: Float[Array, " act"]) -> Float[Array, ""]:
-        return self.features(obs, action) @ self.theta
+        return quadratic_features(obs, action, self.powers) @ self.theta
 
 
 def quadratic_features(
@@ -159,8 +151,7 @@ class VarianceFit(eqx.Module):
         light = (1.0 / size / jnp.sum(1.0 / size))[:, None]
         gram = keep * self.gram + (light * phi).T @ phi
         gain = keep * self.gain + (light * phi).T @ (increment**2 / dt)
-        unit = jax.lax.rsqrt(jnp.diagonal(gram))
-        scaled = unit[:, None] * gram * unit[None] + 1e-4 * jnp.eye(len(unit))
+        unit, scaled = martingale.unit_diagonal(gram, ridge=1e-4)
         variance = jnp.maximum(phi @ (unit * jnp.linalg.solve(scaled, unit * gain)), 0.0)
         weight = martingale.variance_weight(variance + shift * jnp.mean(variance))
         weight = weight * jnp.minimum(1.0, LARGEST_LEVERAGE / size)
@@ -168,10 +159,10 @@ class VarianceFit(eqx.Module):
 
 
 class FeatureLearner(eqx.Module):
-    """Sums behind a linear critic: the orthogonality equations, and the variance of dM."""
+    """Sums behind a linear critic; `variance` is fitted for weighted test functions."""
 
     sums: LeastSquares
-    variance: VarianceFit
+    variance: VarianceFit | None
 
 
 class NetworkLearner(eqx.Module):
@@ -374,7 +365,9 @@ class CQSM:
             n = shape.shape[0]
             critic: Any = Quadratic(jnp.zeros(n), powers)
             score: Any = Quadratic(jnp.zeros(n), powers)
-            learner: Any = FeatureLearner(LeastSquares.zeros(n), VarianceFit.zeros(n))
+            weighted = self.test_function == "weighted" and not powers
+            variance = VarianceFit.zeros(n) if weighted else None
+            learner: Any = FeatureLearner(LeastSquares.zeros(n), variance)
         else:
             moments = Moments.unit(size + spec.action_size)
             sizes = (size + spec.action_size, *self.hidden)
@@ -465,10 +458,7 @@ class CQSM:
         """Q (the mean of the critics) and the evaluated score at one observation and action."""
         obs = self.view(state, obs)
         critic: Any = state.critic
-        if isinstance(critic, Quadratic):
-            q = critic(obs, action)
-        else:
-            q = jnp.mean(jax.vmap(lambda one: one(obs, action))(critic))
+        q = critic(obs, action) if isinstance(critic, Quadratic) else mean_q(critic, obs, action)
         return q, self.psi(state, state.average_score, obs, action)
 
     def cost(self, state: CQSMState) -> Float[Array, ""]:
@@ -573,7 +563,7 @@ class CQSM:
         seconds = jnp.mean(batch.dt)
         keep = self.keep(state, seconds)
         weight, variance = jnp.ones_like(net), learner.variance
-        if self.test_function == "weighted" and not powers:
+        if variance is not None:
             weight, variance = variance.weights(
                 phi, increment, batch.dt, keep=keep, heavy_tails=True
             )
@@ -642,9 +632,10 @@ class CQSM:
                 q = q - slope(learner.target) @ (moved - still)
             return jnp.min(q), 0.5 * cost * effort
 
+        inputs = jnp.concatenate([batch.obs, batch.action], axis=1)
         moments = state.score.moments  # pyright: ignore[reportAttributeAccessIssue]
         if self.normalize_inputs:
-            moments = observe(moments, jnp.concatenate([batch.obs, batch.action], axis=1))
+            moments = observe(moments, inputs)
         stacked = jax.tree.map(
             lambda leaf: jnp.broadcast_to(leaf, (self.critics, *leaf.shape)), moments
         )
@@ -672,11 +663,7 @@ class CQSM:
         weight, variance = jnp.ones_like(batch.reward), learner.variance
         if variance is not None:
             dm, _ = increments(state.critic.mlp)  # pyright: ignore[reportAttributeAccessIssue]
-            phi = jax.vmap(lambda z: quadratic_features(z, z[:0], 0))(
-                jax.vmap(lambda z: standardize(moments, z))(
-                    jnp.concatenate([batch.obs, batch.action], axis=1)
-                )
-            )
+            phi = jax.vmap(lambda z: quadratic_features(standardize(moments, z), z[:0], 0))(inputs)
             rms = jnp.sqrt(jnp.mean(dm**2, axis=0))
             weight, variance = variance.weights(
                 phi, rms, batch.dt, keep=self.keep(state, seconds), shift=1.0
@@ -704,10 +691,7 @@ class CQSM:
         uniform = jr.bernoulli(where_key, self.uniform_share, (rows, 1))
         action = jnp.where(uniform, anywhere, jnp.clip(near, -1.0, 1.0))
 
-        def mean_q(obs, action):
-            return jnp.mean(jax.vmap(lambda critic: critic(obs, action))(critic))
-
-        gradient = jax.vmap(jax.grad(mean_q, argnums=1))(batch.obs, action)
+        gradient = jax.vmap(jax.grad(mean_q, argnums=2), (None, 0, 0))(critic, batch.obs, action)
         rms = jnp.sqrt(jnp.mean(gradient**2))
         rate = jnp.where(state.updates == 1, 1.0, -jnp.expm1(-seconds / SCALE_SECONDS))
         scale = state.gradient_scale + rate * (rms - state.gradient_scale)
@@ -732,10 +716,9 @@ class CQSM:
             state,
             (critic, score, NetworkLearner(target, variance, critic_opt, score_opt), scale),
         )
-        saturated = jnp.mean((jnp.abs(batch.action) > SATURATED).astype(jnp.float32))
         return state, metrics | score_metrics | {
             "gradient_scale": rms,
             "score_norm": jnp.mean(jnp.linalg.norm(goal, axis=-1)),
             "penalty_rate": jnp.mean(penalty),
-            "action_saturation": saturated,
+            "action_saturation": saturation(batch.action),
         }

@@ -49,14 +49,12 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from qscore import diffusion
+from qscore.algorithms.base import saturation
 from qscore.config import Range, preset_field, resolve_preset, validate
-from qscore.networks import Critic, ScoreNetwork
+from qscore.networks import Critic, ScoreNetwork, mean_q
 from qscore.normalize import Moments, observe, standardize
 from qscore.optimize import gradient_step, move_target
 from qscore.types import Carry, Key, Metrics, Spec, Transition
-
-SATURATED = 0.95
-"""An action component beyond this share of its range counts as saturated."""
 
 
 def critic_loss(
@@ -82,13 +80,6 @@ def score_loss(
     prediction = jax.vmap(network)(noised, codes)
     loss = jnp.mean((prediction - target) ** 2)
     return loss, {"actor_loss": loss}
-
-
-def mean_q(
-    critics: Critic, obs: Float[Array, " obs"], action: Float[Array, " act"]
-) -> Float[Array, ""]:
-    """The mean of a stack of critics at one observation and action."""
-    return jnp.mean(jax.vmap(lambda critic: critic(obs, action))(critics))
 
 
 def noise_target(
@@ -409,9 +400,7 @@ class QSM:
             target,
         )
         target_critics = move_target(critics, state.target_critics, self.target_rate)
-        metrics["action_saturation"] = jnp.mean(
-            (jnp.abs(next_action) > SATURATED).astype(jnp.float32)
-        )
+        metrics["action_saturation"] = saturation(next_action)
         return critics, target_critics, critic_opt, metrics
 
     def _actor_batch(
