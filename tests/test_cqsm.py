@@ -160,13 +160,15 @@ def test_half_a_step_on_the_error_of_held_actions_is_of_second_order():
         assert coarse / fine > 3.0
 
 
-def test_features_are_all_monomials_up_to_degree_two_times_powers_of_time():
+def test_features_are_all_monomials_up_to_degree_two_times_polynomials_of_time():
     obs, action = jnp.array([2.0, 0.5]), jnp.array([3.0])
     plain = quadratic_features(obs, action, 0)
     np.testing.assert_allclose(plain, [1.0, 2.0, 0.5, 3.0, 4.0, 1.0, 6.0, 0.25, 1.5, 9.0])
-    timed = quadratic_features(obs, action, 2)
+    timed = quadratic_features(jnp.array([2.0, 0.75]), action, 3)
     base = np.array([1.0, 2.0, 3.0, 4.0, 6.0, 9.0])
-    np.testing.assert_allclose(timed, np.concatenate([base, 0.5 * base, 0.25 * base]))
+    x = 2.0 * 0.75 - 1.0
+    expected = np.concatenate([base, x * base, (2 * x**2 - 1) * base, (4 * x**3 - 3 * x) * base])
+    np.testing.assert_allclose(timed, expected, rtol=1e-6)
 
 
 def test_the_action_process_has_the_scores_drift_and_the_given_noise():

@@ -234,7 +234,7 @@ class _Data:
             dt=jnp.asarray(episodes.dt),
         )
         self.behaviour = None if behaviour is None else self.along(behaviour, "behaviour")
-        _check_informative(self.rows, _powers(self.state))
+        _check_informative(self.rows, _time_degree(self.state))
 
     def along(self, score: Score, name: str) -> Float[Array, "paths steps act"]:
         """A score where the next action is due: at the next observation, from the action held."""
@@ -250,7 +250,7 @@ class _Data:
 
     def agent(self, theta: Float[Array, " params"]) -> CQSMState:
         """An agent with this critic, and with the score that is greedy for it."""
-        potential = Quadratic(theta, _powers(self.state))
+        potential = Quadratic(theta, _time_degree(self.state))
         return eqx.tree_at(
             lambda s: (s.critic, s.score, s.average_score), self.state, (potential,) * 3
         )
@@ -266,7 +266,7 @@ class _Data:
         asked = float(self.state.constants.discount_rate)
         if self.method == "least_squares":
             sums = _least_squares(self.algorithm, self.state, self.rows, psi)
-            timed = _powers(self.state) > 0
+            timed = _time_degree(self.state) > 0
             fit = martingale.solve(sums, discount_rate=asked, finite_horizon=timed, margin=margin)
             growth = float("nan") if timed else float(fit.growth_rate)
             found = _Found(fit.theta, (), growth, float(fit.discount_rate), asked)
@@ -298,21 +298,21 @@ def _least_squares(
     algorithm: CQSM, state: CQSMState, rows: _Rows, psi: Float[Array, "paths steps act"]
 ) -> martingale.LeastSquares:
     """The orthogonality equations of the score with the values `psi`."""
-    powers = _powers(state)
+    time_degree = _time_degree(state)
     constants, cost = state.constants, algorithm.cost(state)
-    weight = _weights(algorithm, rows, powers)
+    weight = _weights(algorithm, rows, time_degree)
 
     def ahead(obs: Any, action: Any, dt: Any, psi: Any) -> Any:
         """E phi of the next observation and action."""
         return martingale.mean_over_noise(
-            lambda action: quadratic_features(obs, action, powers),
+            lambda action: quadratic_features(obs, action, time_degree),
             action + dt * psi,
             jnp.sqrt(dt) * constants.action_noise,
         )
 
     def one(path: tuple[_Rows, Any, Any]) -> martingale.LeastSquares:
         rows, psi, weight = path
-        phi = jax.vmap(partial(quadratic_features, powers=powers))(rows.obs, rows.action)
+        phi = jax.vmap(partial(quadratic_features, time_degree=time_degree))(rows.obs, rows.action)
         phi_next = jax.vmap(ahead)(rows.next_obs, rows.action, rows.dt, psi)
         # no move, and no cost, where the next observation is final
         penalty = algorithm.penalty * 0.5 * cost * jnp.sum(psi**2, axis=1) * rows.alive
@@ -339,11 +339,11 @@ def _martingale_loss(
     behaviour: Float[Array, "paths steps act"],
 ) -> martingale.PathSums:
     """The normal equations of the score with the values `psi`."""
-    powers = _powers(state)
+    time_degree = _time_degree(state)
     cost = algorithm.cost(state)
 
     def slope(obs: Any, action: Any) -> Any:
-        return jax.jacfwd(lambda action: quadratic_features(obs, action, powers))(action)
+        return jax.jacfwd(lambda action: quadratic_features(obs, action, time_degree))(action)
 
     def one(path: tuple[_Rows, Any, Any, Any]) -> martingale.PathSums:
         rows, psi, behaviour, weight = path
@@ -352,7 +352,7 @@ def _martingale_loss(
         ahead = jax.vmap(slope)(rows.next_obs, rows.action)
         shift = jnp.einsum("sfa,sa->sf", ahead, psi - behaviour) * rows.alive[:, None]
         return martingale.path_sums(
-            jax.vmap(partial(quadratic_features, powers=powers))(rows.obs, rows.action),
+            jax.vmap(partial(quadratic_features, time_degree=time_degree))(rows.obs, rows.action),
             shift,
             rows.reward / rows.dt - penalty,
             jnp.zeros(()),  # the terminal reward is in the last step's
@@ -361,28 +361,28 @@ def _martingale_loss(
             discount_rate=state.constants.discount_rate,
         )
 
-    return martingale.add_up(one, (rows, psi, behaviour, _weights(algorithm, rows, powers)))
+    return martingale.add_up(one, (rows, psi, behaviour, _weights(algorithm, rows, time_degree)))
 
 
-def _weights(algorithm: CQSM, rows: _Rows, powers: int) -> Float[Array, "paths steps"]:
+def _weights(algorithm: CQSM, rows: _Rows, time_degree: int) -> Float[Array, "paths steps"]:
     """1 over how the variance of dM grows with z for a quadratic Q, in standard units."""
     if algorithm.test_function == "gradient":
         return jnp.ones_like(rows.dt)
-    z = _plain(rows.obs, rows.action, powers)
+    z = _plain(rows.obs, rows.action, time_degree)
     axes = (0, 1)
     spread = jnp.maximum(jnp.std(z, axis=axes, keepdims=True), 1e-12)
     standard = (z - jnp.mean(z, axis=axes, keepdims=True)) / spread
     return 1.0 / (1.0 + jnp.sum(standard**2, axis=2))
 
 
-def _powers(state: CQSMState) -> int:
+def _time_degree(state: CQSMState) -> int:
     critic: Any = state.critic
-    return critic.powers
+    return critic.time_degree
 
 
-def _plain(obs: Any, action: Any, powers: int) -> Any:
+def _plain(obs: Any, action: Any, time_degree: int) -> Any:
     """Observation and action side by side, without the time where there is one."""
-    return jnp.concatenate([obs[..., :-1] if powers else obs, action], axis=-1)
+    return jnp.concatenate([obs[..., :-1] if time_degree else obs, action], axis=-1)
 
 
 # What is refused.
@@ -460,12 +460,12 @@ def _check_whole(spec: Spec, episodes: Transition) -> None:
         )
 
 
-def _check_informative(rows: _Rows, powers: int) -> None:
+def _check_informative(rows: _Rows, time_degree: int) -> None:
     """That rows are enough, and that observation and action vary, each in its own way."""
-    z = np.asarray(_plain(rows.obs, rows.action, powers), np.float64)
+    z = np.asarray(_plain(rows.obs, rows.action, time_degree), np.float64)
     z = z.reshape(-1, z.shape[-1])
     size = rows.action.shape[-1]
-    features = (powers + 1) * (z.shape[1] + 1) * (z.shape[1] + 2) // 2
+    features = (time_degree + 1) * (z.shape[1] + 1) * (z.shape[1] + 2) // 2
     if len(z) < features:
         raise ValueError(
             f"`episodes` must have at least as many rows as Q has features, {features}; it has "

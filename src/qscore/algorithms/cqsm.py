@@ -67,6 +67,9 @@ LARGEST_LEVERAGE = 30.0
 """Rows of larger features count less, in proportion: with multiplicative noise the state's tails
 are so heavy that averages of its fourth powers would never settle."""
 
+TIME_DEGREE = 5
+"""Of the polynomials of time in a feature critic over a finite horizon."""
+
 FINITE_WINDOW = 0.5
 """Over a finite horizon only an episode's last step says where Q ends, and those are few."""
 
@@ -75,26 +78,31 @@ PULL = 5.0
 
 
 class Quadratic(eqx.Module):
-    """theta . phi(z, t): all monomials of z = (observation, action) up to degree two, times powers
-    of the time's share of the horizon where there is one (the observation's last component)."""
+    """theta . phi(z, t): all monomials of z = (observation, action) up to degree two, and over a
+    finite horizon each times polynomials of the time up to `time_degree`."""
 
     theta: Float[Array, " features"]
-    powers: int = eqx.field(static=True)
+    time_degree: int = eqx.field(static=True)
 
     def __call__(self, obs: Float[Array, " obs"], action: Float[Array, " act"]) -> Float[Array, ""]:
-        return quadratic_features(obs, action, self.powers) @ self.theta
+        return quadratic_features(obs, action, self.time_degree) @ self.theta
 
 
 def quadratic_features(
-    obs: Float[Array, " obs"], action: Float[Array, " act"], powers: int
+    obs: Float[Array, " obs"], action: Float[Array, " act"], time_degree: int
 ) -> Float[Array, " features"]:
-    """1, z_i and z_i z_j (i <= j), times 1, s, ... s^powers with s = obs[-1] for `powers` > 0."""
-    z = jnp.concatenate([obs[:-1] if powers else obs, action])
+    """1, z_i, z_i z_j (i <= j); for `time_degree` > 0 times T_0(2 s - 1), T_1, ..., s = obs[-1].
+
+    The T_k are Chebyshev's polynomials and s the time's share of the horizon. Powers of s span the
+    same functions, but are so nearly dependent that float32 loses the solution.
+    """
+    z = jnp.concatenate([obs[:-1] if time_degree else obs, action])
     i, j = jnp.triu_indices(z.shape[0])
     phi = jnp.concatenate([jnp.ones(1), z, z[i] * z[j]])
-    if not powers:
+    if not time_degree:
         return phi
-    return (obs[-1] ** jnp.arange(powers + 1.0)[:, None] * phi[None]).ravel()
+    angle = jnp.arccos(jnp.clip(2.0 * obs[-1] - 1.0, -1.0, 1.0))
+    return (jnp.cos(jnp.arange(time_degree + 1.0) * angle)[:, None] * phi[None]).ravel()
 
 
 class ScoreMLP(eqx.Module):
@@ -358,14 +366,16 @@ class CQSM:
         critic_key, score_key = jr.split(key)
         size = spec.obs_size - ("dt" in spec.clock)
         if self.critic == "features":
-            powers = 3 if "time" in spec.clock else 0
+            time_degree = TIME_DEGREE if "time" in spec.clock else 0
             shape = jax.eval_shape(
-                lambda: quadratic_features(jnp.zeros(size), jnp.zeros(spec.action_size), powers)
+                lambda: quadratic_features(
+                    jnp.zeros(size), jnp.zeros(spec.action_size), time_degree
+                )
             )
             n = shape.shape[0]
-            critic: Any = Quadratic(jnp.zeros(n), powers)
-            score: Any = Quadratic(jnp.zeros(n), powers)
-            weighted = self.test_function == "weighted" and not powers
+            critic: Any = Quadratic(jnp.zeros(n), time_degree)
+            score: Any = Quadratic(jnp.zeros(n), time_degree)
+            weighted = self.test_function == "weighted" and not time_degree
             variance = VarianceFit.zeros(n) if weighted else None
             learner: Any = FeatureLearner(LeastSquares.zeros(n), variance)
         else:
@@ -527,9 +537,9 @@ class CQSM:
         constants, cost = state.constants, self.cost(state)
         learner: Any = state.learner
         critic: Any = state.critic
-        powers = critic.powers
+        time_degree = critic.time_degree
         alive = 1.0 - batch.terminated.astype(jnp.float32)
-        phi_of = lambda obs, action: quadratic_features(obs, action, powers)  # noqa: E731
+        phi_of = lambda obs, action: quadratic_features(obs, action, time_degree)  # noqa: E731
 
         def ahead(obs, next_obs, action, dt, key):
             """phi at the next state and action, in the mean over the action's noise."""
@@ -580,26 +590,30 @@ class CQSM:
         fit = martingale.solve(
             sums,
             discount_rate=constants.discount_rate,
-            finite_horizon=bool(powers),
+            finite_horizon=bool(time_degree),
             # only the few rows at the end tell apart what solves the equations in between
-            near=critic.theta if powers else None,
+            near=critic.theta if time_degree else None,
             pull=PULL,
             margin=jnp.exp(-state.learned / CAUTIOUS_SECONDS),
         )
         # the terminal reward is all that ties Q down in a finite horizon: it must have been seen
-        wait = 1.0 + (1.2 * constants.horizon if powers else 0.0)
+        wait = 1.0 + (1.2 * constants.horizon if time_degree else 0.0)
         ready = state.learned > wait
         theta = jnp.where(ready, fit.theta, critic.theta)
         follow = -jnp.expm1(-self.relaxation_rate * seconds)
         old: Any = state.score
-        score = Quadratic(old.theta + jnp.where(ready, follow, 0.0) * (theta - old.theta), powers)
+        score = Quadratic(
+            old.theta + jnp.where(ready, follow, 0.0) * (theta - old.theta), time_degree
+        )
 
-        gradient = jax.vmap(jax.grad(Quadratic(theta, powers), argnums=1))(batch.obs, batch.action)
+        gradient = jax.vmap(jax.grad(Quadratic(theta, time_degree), argnums=1))(
+            batch.obs, batch.action
+        )
         scale = jnp.sqrt(jnp.mean(gradient**2))
         state = eqx.tree_at(
             lambda s: (s.critic, s.score, s.learner, s.gradient_scale),
             state,
-            (Quadratic(theta, powers), score, FeatureLearner(sums, variance), scale),
+            (Quadratic(theta, time_degree), score, FeatureLearner(sums, variance), scale),
         )
         metrics = {
             "critic_loss": jnp.mean(increment**2 / batch.dt),
@@ -607,7 +621,7 @@ class CQSM:
             "gradient_scale": scale,
             "penalty_rate": jnp.mean(penalty),
         }
-        if not powers:  # with a finite horizon every score has a value
+        if not time_degree:  # with a finite horizon every score has a value
             metrics["stability_margin"] = constants.discount_rate - fit.growth_rate
         return state, metrics
 
