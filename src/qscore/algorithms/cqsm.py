@@ -46,7 +46,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qscore import martingale
 from qscore.algorithms.base import saturation
 from qscore.config import Range, preset_field, resolve_preset, validate
-from qscore.martingale import LeastSquares
+from qscore.martingale import LeastSquares, VarianceFit
 from qscore.networks import MLP, mean_q
 from qscore.normalize import Moments, observe, standardize
 from qscore.optimize import gradient_step, move_target
@@ -62,10 +62,6 @@ SCALE_SECONDS = 10.0
 
 CAUTIOUS_SECONDS = 10.0
 """Time in which least squares come to trust a growth rate that is close to the discount rate."""
-
-LARGEST_LEVERAGE = 30.0
-"""Rows of larger features count less, in proportion: with multiplicative noise the state's tails
-are so heavy that averages of its fourth powers would never settle."""
 
 TIME_DEGREE = 5
 """Of the polynomials of time in a feature critic over a finite horizon."""
@@ -126,44 +122,6 @@ class NetworkQ(eqx.Module):
 
     def __call__(self, obs: Float[Array, " obs"], action: Float[Array, " act"]) -> Float[Array, ""]:
         return self.mlp(standardize(self.moments, jnp.concatenate([obs, action])))[0]
-
-
-class VarianceFit(eqx.Module):
-    """Running sums of a regression of dM^2 / dt on quadratic features."""
-
-    gram: Float[Array, "features features"]
-    gain: Float[Array, " features"]
-
-    @staticmethod
-    def zeros(size: int) -> "VarianceFit":
-        """Nothing seen yet."""
-        return VarianceFit(1e-6 * jnp.eye(size), jnp.zeros(size))
-
-    def weights(
-        self,
-        phi: Float[Array, "batch features"],
-        increment: Float[Array, " batch"],
-        dt: Float[Array, " batch"],
-        *,
-        keep: Float[Array, ""],
-        heavy_tails: bool = False,
-        shift: float = 0.0,
-    ) -> tuple[Float[Array, " batch"], "VarianceFit"]:
-        """1 / (v + shift mean(v)), scaled to mean 1, and the sums after this batch.
-
-        With `heavy_tails`, rows of large features count less in the regression and in the result.
-        Without the shift, networks learn too little where v is large, and can run away there.
-        """
-        size = martingale.leverage(phi) if heavy_tails else jnp.ones(phi.shape[0])
-        # dM^2 scatters with the square of its own mean, which grows as the features do
-        light = (1.0 / size / jnp.sum(1.0 / size))[:, None]
-        gram = keep * self.gram + (light * phi).T @ phi
-        gain = keep * self.gain + (light * phi).T @ (increment**2 / dt)
-        unit, scaled = martingale.unit_diagonal(gram, ridge=1e-4)
-        variance = jnp.maximum(phi @ (unit * jnp.linalg.solve(scaled, unit * gain)), 0.0)
-        weight = martingale.variance_weight(variance + shift * jnp.mean(variance))
-        weight = weight * jnp.minimum(1.0, LARGEST_LEVERAGE / size)
-        return jnp.asarray(weight / jnp.mean(weight)), VarianceFit(gram, gain)
 
 
 class FeatureLearner(eqx.Module):
