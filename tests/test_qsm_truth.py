@@ -47,31 +47,34 @@ def numpy_mlp(mlp, x, activation):
     return x @ mlp.layers[-1].weight + mlp.layers[-1].bias, inputs
 
 
-def relu(x):
-    return np.maximum(x, 0.0)
-
-
 def numpy_mish(x):
     return x * np.tanh(np.log1p(np.exp(x)))
 
 
-def silu(x):
-    return x / (1.0 + np.exp(-x))
+def sigmoid(x):
+    return 1.0 / (1.0 + np.exp(-x))
+
+
+# value and derivative
+ACTIVATIONS = {
+    jax.nn.relu: (lambda x: np.maximum(x, 0.0), lambda x: x > 0.0),
+    jax.nn.silu: (lambda x: x * sigmoid(x), lambda x: sigmoid(x) * (1.0 + x * sigmoid(-x))),
+}
 
 
 def numpy_q(critic, obs, action):
-    activation = {jax.nn.relu: relu, jax.nn.silu: silu}[critic.mlp.activation]
+    activation, _ = ACTIVATIONS[critic.mlp.activation]
     return numpy_mlp(critic.mlp, np.concatenate([obs, action], axis=-1), activation)[0][..., 0]
 
 
 def numpy_gradient(critic, obs, action):
-    """dQ/da of one critic with ReLU at every row, by back-propagation written out."""
-    assert critic.mlp.activation is jax.nn.relu
-    _, inputs = numpy_mlp(critic.mlp, np.concatenate([obs, action], axis=-1), relu)
+    """dQ/da of one critic at every row, by back-propagation written out."""
+    activation, slope = ACTIVATIONS[critic.mlp.activation]
+    _, inputs = numpy_mlp(critic.mlp, np.concatenate([obs, action], axis=-1), activation)
     layers = critic.mlp.layers
     gradient = np.broadcast_to(layers[-1].weight[:, 0], inputs[-1].shape)
-    for layer, output in zip(reversed(layers[:-1]), reversed(inputs[1:]), strict=True):
-        gradient = (gradient * (output > 0.0)) @ layer.weight.T
+    for layer, x in zip(reversed(layers[:-1]), reversed(inputs[:-1]), strict=True):
+        gradient = (gradient * slope(x @ layer.weight + layer.bias)) @ layer.weight.T
     return gradient[:, obs.shape[-1] :]
 
 
