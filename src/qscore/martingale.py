@@ -359,8 +359,6 @@ def solve(
     discount_rate: Float[Array, ""] | float,
     finite_horizon: bool = False,
     margin: Float[Array, ""] | float = 0.0,
-    near: Float[Array, " params"] | None = None,
-    pull: float = 0.0,
     ridge: float = 1e-6,
 ) -> Fit:
     """theta with E[xi dM] = 0, at the least discount rate at which the value is finite.
@@ -372,12 +370,8 @@ def solve(
     (or `margin`, where that is more) above the growth rate: the value of a more short-sighted
     problem, whose greedy score is a better start for beta itself. Where the growth rate is within
     `margin` of beta, the value is finite but not yet to be estimated, and the rate is raised to
-    their sum. With a finite horizon every score has a value, and nothing is changed. The first
-    feature must be the constant.
-
-    With `near`, the result is one implicit step from there,
-    E[xi dM] = pull E[xi phi'] (theta - near) dt: what is badly determined then changes slowly.
-    `pull` is in 1/s. The steps converge for plain test functions on the score's own experience.
+    their sum. With a finite horizon every score has a value, and the rate is raised by `margin`:
+    little data determine a short-sighted value better. The first feature must be the constant.
     """
     size = sums.gram.shape[0]
     unit, gram = unit_diagonal(sums.gram, ridge=ridge)
@@ -387,13 +381,9 @@ def solve(
     growth = spectral_abscissa(generator[1:, 1:])
     room = jnp.where(growth < discount_rate, margin, jnp.maximum(margin, STEEP))
     rate = jnp.maximum(discount_rate, growth + room)
-    rate = jnp.where(finite_horizon, discount_rate, rate)
-    extra = (rate - discount_rate) * gram
-    gain = unit * sums.gain
-    if near is not None:
-        extra = extra + pull * gram
-        gain = gain + pull * gram @ (near / unit)
-    theta = unit * jnp.linalg.solve(loss + extra + ridge * jnp.eye(size), gain)
+    rate = jnp.where(finite_horizon, discount_rate + margin, rate)
+    raised = loss + (rate - discount_rate) * gram
+    theta = unit * jnp.linalg.solve(raised + ridge * jnp.eye(size), unit * sums.gain)
     return Fit(theta, growth, rate)
 
 

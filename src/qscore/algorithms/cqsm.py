@@ -63,14 +63,15 @@ SCALE_SECONDS = 10.0
 CAUTIOUS_SECONDS = 10.0
 """Time in which least squares come to trust a growth rate that is close to the discount rate."""
 
-TIME_DEGREE = 5
-"""Of the polynomials of time in a feature critic over a finite horizon."""
+TIME_DEGREE = 8
+"""Of the polynomials of time in a feature critic over a finite horizon: a steep terminal reward
+makes for fast changes near the end."""
 
-FINITE_WINDOW = 0.5
+FINITE_WINDOW = 0.2
 """Over a finite horizon only an episode's last step says where Q ends, and those are few."""
 
-PULL = 5.0
-"""1/s; how strongly least squares over a finite horizon hold on to their last solution."""
+FINITE_CAUTION = 5.0
+"""1/s; how much more the future is discounted over a finite horizon when learning begins."""
 
 
 class Quadratic(eqx.Module):
@@ -247,15 +248,14 @@ class CQSM:
     """Euler-Maruyama steps of the action process per control step, in [1, 100]."""
     test_function: Literal["gradient", "weighted"] = preset_field()
     """xi: the critic's parameter gradient, or that over the increment's conditional variance, which
-    is a regression of dM^2 / dt on quadratic features. Feature critics over a finite horizon take
-    the plain gradient."""
+    is a regression of dM^2 / dt on quadratic features."""
     control_variate: bool = True
     """Take the simulated action noise's known effect off dM. For features this is exact."""
     relaxation_rate: Annotated[float, Range(0, low_open=True)] = 2.0
     """Rate at which a feature score follows grad_a Q / lambda, in (0, inf), 1/s."""
     window: Annotated[float, Range(0, 1, low_open=True)] = 0.1
     """Share of all experience that the least squares remember, in (0, 1]; over a finite horizon at
-    least 0.5."""
+    least 0.2."""
     critics: Annotated[int, Range(1, 10)] = preset_field()
     """Network critics, in [1, 10]; the smallest makes the target, their mean the gradient."""
     target_rate: Annotated[float | None, Range(0, low_open=True)] = preset_field()
@@ -333,7 +333,7 @@ class CQSM:
             n = shape.shape[0]
             critic: Any = Quadratic(jnp.zeros(n), time_degree)
             score: Any = Quadratic(jnp.zeros(n), time_degree)
-            weighted = self.test_function == "weighted" and not time_degree
+            weighted = self.test_function == "weighted"
             variance = VarianceFit.zeros(n) if weighted else None
             learner: Any = FeatureLearner(LeastSquares.zeros(n), variance)
         else:
@@ -549,10 +549,8 @@ class CQSM:
             sums,
             discount_rate=constants.discount_rate,
             finite_horizon=bool(time_degree),
-            # only the few rows at the end tell apart what solves the equations in between
-            near=critic.theta if time_degree else None,
-            pull=PULL,
-            margin=jnp.exp(-state.learned / CAUTIOUS_SECONDS),
+            margin=(FINITE_CAUTION if time_degree else 1.0)
+            * jnp.exp(-state.learned / CAUTIOUS_SECONDS),
         )
         # the terminal reward is all that ties Q down in a finite horizon: it must have been seen
         wait = 1.0 + (1.2 * constants.horizon if time_degree else 0.0)
