@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from qscore.closed_form import compare, continuous
 from qscore.environments import LQ
 from qscore.train_host import Session
 
+EXAMPLES = Path(__file__).parents[1] / "examples" / "lq"
 STEPS = 1_280_000  # 100 seconds in each of 128 copies
 
 
@@ -60,17 +62,7 @@ def test_irregular_steps_learn_it_too():
 
 @pytest.mark.slow
 def test_finite_horizon_with_a_steep_terminal_reward():
-    problem = {
-        "A": [[0.3]],
-        "B": [[1.0]],
-        "noise": [{"C": [[0.2]], "e": [0.3]}],
-        "sigma_a": 0.6,
-        "M": [[0.1, 0.0], [0.0, 0.1]],
-        "score_cost": 0.3,
-        "discount_rate": 0.2,
-        "terminal": {"T": 2.0, "H": [[5.0, 0.0], [0.0, 0.1]], "h1": [0.5, 0.0], "h0": 1.0},
-    }
-    environment = LQ(id="lq", problem=json.dumps(problem))
+    environment = LQ(id="lq", problem=(EXAMPLES / "steep.json").read_text())
     session = learn(environment, qs.CQSM(preset="linear_quadratic"))
     comparison = compare(session.algorithm, environment, session.runner.agent)
     assert max(comparison.relative_error.values()) < 0.1, comparison.relative_error

@@ -344,7 +344,8 @@ def accumulate(
 class Fit(NamedTuple):
     """A solution of the orthogonality equations.
 
-    - `growth_rate`: spectral abscissa, per second, of the estimated generator on the features.
+    - `growth_rate`: spectral abscissa, per second, of the estimated generator on the features; NaN
+      with a finite horizon.
     - `discount_rate`: the rate the equations were solved at, see `solve`.
     """
 
@@ -376,15 +377,17 @@ def solve(
     size = sums.gram.shape[0]
     unit, gram = unit_diagonal(sums.gram, ridge=ridge)
     loss = unit[:, None] * sums.loss * unit[None]
-    generator = discount_rate * jnp.eye(size) - jnp.linalg.solve(gram, loss)
-    # the constant neither grows nor falls; what matters is growth modulo constants
-    growth = spectral_abscissa(generator[1:, 1:])
-    room = jnp.where(growth < discount_rate, margin, jnp.maximum(margin, STEEP))
-    rate = jnp.maximum(discount_rate, growth + room)
-    rate = jnp.where(finite_horizon, discount_rate + margin, rate)
+    if finite_horizon:
+        growth, rate = jnp.full((), jnp.nan), discount_rate + margin
+    else:
+        generator = discount_rate * jnp.eye(size) - jnp.linalg.solve(gram, loss)
+        # the constant neither grows nor falls; what matters is growth modulo constants
+        growth = spectral_abscissa(generator[1:, 1:])
+        room = jnp.where(growth < discount_rate, margin, jnp.maximum(margin, STEEP))
+        rate = jnp.maximum(discount_rate, growth + room)
     raised = loss + (rate - discount_rate) * gram
     theta = unit * jnp.linalg.solve(raised + ridge * jnp.eye(size), unit * sums.gain)
-    return Fit(theta, growth, rate)
+    return Fit(theta, growth, jnp.asarray(rate))
 
 
 def spectral_abscissa(matrix: Float[Array, "size size"]) -> Float[Array, ""]:

@@ -334,7 +334,7 @@ class CQSM:
             critic: Any = Quadratic(jnp.zeros(n), time_degree)
             score: Any = Quadratic(jnp.zeros(n), time_degree)
             weighted = self.test_function == "weighted"
-            variance = VarianceFit.zeros(n) if weighted else None
+            variance = VarianceFit.zeros(n // (time_degree + 1)) if weighted else None
             learner: Any = FeatureLearner(LeastSquares.zeros(n), variance)
         else:
             moments = Moments.unit(size + spec.action_size)
@@ -532,8 +532,9 @@ class CQSM:
         keep = self.keep(state, seconds)
         weight, variance = jnp.ones_like(net), learner.variance
         if variance is not None:
+            untimed = phi[:, : phi.shape[1] // (time_degree + 1)]  # those times T_0 = 1
             weight, variance = variance.weights(
-                phi, increment, batch.dt, keep=keep, heavy_tails=True
+                untimed, increment, batch.dt, keep=keep, heavy_tails=True
             )
         sums = martingale.accumulate(
             learner.sums,
