@@ -8,28 +8,21 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from helpers import learn
 
 import qscore as qs
 from qscore.algorithms.cqsm import quadratic_features
 from qscore.closed_form import compare, continuous
 from qscore.environments import LQ
-from qscore.train_host import Session
 
 STEPS = 1_280_000  # 100 seconds in each of 128 copies
-
-
-def learn(environment, algorithm, seed=0, steps=STEPS):
-    session = Session(algorithm, environment, seed, steps=steps, eval_episodes=1)
-    while session.env_steps < steps:
-        session.advance(steps)
-    return session
 
 
 @pytest.fixture(scope="module")
 def sessions():
     environment = LQ(id="lq")
     algorithm = qs.CQSM(preset="linear_quadratic")
-    return [learn(environment, algorithm, seed) for seed in range(3)]
+    return [learn(environment, algorithm, seed, steps=STEPS) for seed in range(3)]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -53,7 +46,7 @@ def test_comparison_sees_a_wrong_score(sessions):
 
 def test_irregular_steps_learn_it_too():
     environment = LQ(id="lq", dt_min=0.002, dt_max=0.018)
-    session = learn(environment, qs.CQSM(preset="linear_quadratic"))
+    session = learn(environment, qs.CQSM(preset="linear_quadratic"), steps=STEPS)
     error = compare(session.algorithm, environment, session.runner.agent).relative_error
     assert max(error.values()) < 0.06, error
 
