@@ -185,9 +185,9 @@ def polynomial_critics(coefficients, shift=0.0):
 # Training -----------------------------------------------------------------------------------------
 
 
-def learn(environment, algorithm, seed=0, *, steps):
+def learn(environment, algorithm, seed=0, *, steps, eval_episodes=1):
     """The session of one seed after `steps` environment steps."""
-    session = Session(algorithm, environment, seed, steps=steps, eval_episodes=1)
+    session = Session(algorithm, environment, seed, steps=steps, eval_episodes=eval_episodes)
     while session.env_steps < steps:
         session.advance(steps)
     return session

@@ -57,9 +57,8 @@ def squashed(mean, log_std, noise):
 def test_log_probability_is_scipys_with_the_change_of_variables():
     # up to where tanh is 1 and its slope 0 in float32 (|u| = 9), and in float64 (|u| = 19)
     u = np.array([-20.0, -12.0, -9.5, -3.0, -0.4, 0.0, 0.7, 2.0, 9.5, 12.0, 20.0])
-    mean, log_std = np.full_like(u, 0.5), np.full_like(u, 0.25)
     pairs = np.stack([u, u[::-1] + 0.1], axis=1)  # two components: a density is their product
-    mean, log_std = np.stack([mean, -mean], axis=1), np.stack([log_std, -log_std], axis=1)
+    mean, log_std = (np.full_like(pairs, row) for row in ([0.5, -0.5], [0.25, -0.75]))
     noise = (pairs - mean) / np.exp(log_std)
     action, log_prob = squashed(*(jnp.asarray(x, jnp.float32) for x in (mean, log_std, noise)))
     assert_close(action, np.tanh(pairs))
@@ -348,10 +347,11 @@ def test_actor_finds_the_best_squashed_gaussian():
 
 
 @pytest.mark.slow
-def test_learns_pendulum():
-    algorithm = SAC(
-        hidden=(64, 64), batch_size=128, warmup_steps=1_000, actor_lr=1e-3, critic_lr=1e-3
-    )
-    session = learn(Host("Pendulum-v1"), algorithm, steps=6_000)
+@pytest.mark.parametrize("seed", range(2))
+def test_learns_pendulum(seed):
+    # small networks and large steps: seconds, not minutes
+    steps = {"actor_lr": 1e-3, "critic_lr": 1e-3, "warmup_steps": 1_000}
+    algorithm = SAC(hidden=(64, 64), batch_size=128, **steps)
+    session = learn(Host("Pendulum-v1"), algorithm, seed, steps=6_000, eval_episodes=5)
     returns, _ = session.evaluate(0)
     assert np.mean(returns) > -250.0

@@ -209,10 +209,11 @@ def test_exploration_adds_noise_and_evaluation_none():
 
 
 @pytest.mark.slow
-def test_learns_pendulum():
-    algorithm = TD3(
-        hidden=(64, 64), batch_size=128, warmup_steps=1_000, actor_lr=1e-3, critic_lr=1e-3
-    )
-    session = learn(Host("Pendulum-v1"), algorithm, steps=6_000)
+@pytest.mark.parametrize("seed", range(2))
+def test_learns_pendulum(seed):
+    # small networks and large steps: seconds, not minutes
+    steps = {"actor_lr": 1e-3, "critic_lr": 1e-3, "warmup_steps": 1_000}
+    algorithm = TD3(hidden=(64, 64), batch_size=128, **steps)
+    session = learn(Host("Pendulum-v1"), algorithm, seed, steps=6_000, eval_episodes=5)
     returns, _ = session.evaluate(0)
     assert np.mean(returns) > -250.0
