@@ -6,11 +6,12 @@
 
 Each variant and seed is one training run; its mean evaluation return (10 episodes, no exploration)
 every `--eval-every` steps goes into the JSON file as soon as it is known. Runs that are already in
-the file are not repeated, so an interrupted ablation goes on where it stopped. `--only` picks
-variants by name; `--table` prints what the file holds.
+the file are not repeated, so an interrupted ablation goes on where it stopped, and processes with
+different `--seeds` or `--only` may share one file. `--table` prints what the file holds.
 """
 
 import argparse
+import fcntl
 import json
 import platform
 from pathlib import Path
@@ -22,7 +23,7 @@ from qscore import CQSM, QSM, Host
 from qscore.train_host import Session
 
 # The prototype that the search began from, then the steps that led away from it.
-CAUTIOUS = {"pessimism": 1.0, "exploration_noise": 0.1}
+CAUTIOUS = {"pessimism": 1.0, "exploration_noise": 0.1, "critic_activation": "relu"}
 SLOW = {"actor_lr": 3e-4, "critic_lr": 3e-4}
 AVERAGED = CAUTIOUS | SLOW | {"warmup_steps": 5_000}
 START = AVERAGED | {"average_rate": 1.0}
@@ -42,9 +43,12 @@ QSM_VARIANTS: dict[str, dict[str, Any]] = {
     | {"variance": "posterior", "temperature": 0.05},
     "steps 1e-3, noise in the target's chain": FAST | {"target_chain_noise": 1.0},
     "default": {},
-    "smooth critics": {"critic_activation": "silu"},
+    "ReLU critics": {"critic_activation": "relu"},
     "standardised observations": {"normalize_observations": True},
-    "both": {"critic_activation": "silu", "normalize_observations": True},
+    "ReLU critics, standardised observations": {
+        "critic_activation": "relu",
+        "normalize_observations": True,
+    },
     "pessimism 1": {"pessimism": 1.0},
     "exploration noise 0.1": {"exploration_noise": 0.1},
     "exploration noise 0.2": {"exploration_noise": 0.2},
@@ -86,6 +90,19 @@ def measure(algorithm: Any, environment: str, steps: int, seed: int, every: int)
     return curve
 
 
+def record(file: Path, new: dict[str, Any]) -> dict[str, Any]:
+    """Add to what the file holds by now, and return all of it."""
+    with file.open("a+") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        stream.seek(0)
+        old = json.loads(stream.read() or "null") or new
+        for name, runs in new["variants"].items():
+            old["variants"].setdefault(name, {}).update(runs)
+        stream.truncate(0)
+        stream.write(json.dumps(old, indent=1) + "\n")
+    return old
+
+
 def table(results: dict[str, Any]) -> str:
     """The last evaluation of every variant and seed, as Markdown."""
     lines = ["| variant | last return, one per seed |", "|---|---|"]
@@ -113,24 +130,25 @@ def main() -> None:
     unknown = set(args.only or []) - set(variants)
     if unknown:
         parser.error(f"no variant {sorted(unknown)[0]!r}; there are {', '.join(variants)}")
-    results = {
+    about = {
         "algorithm": args.algorithm,
         "environment": args.environment,
         "steps": args.steps,
         "machine": f"{platform.machine()}, one core per run",
-        "variants": {},
     }
-    if args.out.exists():
-        results = json.loads(args.out.read_text())
-    if not args.table:
-        for name in args.only or variants:
-            for seed in args.seeds:
-                runs = results["variants"].setdefault(name, {})
-                if str(seed) not in runs:
-                    runs[str(seed)] = measure(
-                        kind(**variants[name]), args.environment, args.steps, seed, args.eval_every
-                    )
-                    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    results = record(args.out, about | {"variants": {}})
+    for key, value in about.items():
+        if results[key] != value and key != "machine":
+            parser.error(
+                f"{args.out} holds {key} {results[key]!r}, not {value!r}; name another file"
+            )
+    for name in [] if args.table else args.only or variants:
+        for seed in args.seeds:
+            if str(seed) in results["variants"].get(name, {}):
+                continue
+            algorithm = kind(**variants[name])
+            curve = measure(algorithm, args.environment, args.steps, seed, args.eval_every)
+            results = record(args.out, about | {"variants": {name: {str(seed): curve}}})
     print(table(results))
 
 

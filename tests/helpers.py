@@ -84,12 +84,19 @@ def relu(x):
     return np.maximum(x, 0.0)
 
 
-def silu(x):
-    return x / (1.0 + np.exp(-x))
+def sigmoid(x):
+    return 1.0 / (1.0 + np.exp(-x))
+
+
+# value and derivative
+ACTIVATIONS = {
+    jax.nn.relu: (relu, lambda x: x > 0.0),
+    jax.nn.silu: (lambda x: x * sigmoid(x), lambda x: sigmoid(x) * (1.0 + x * sigmoid(-x))),
+}
 
 
 def numpy_q(critic, obs, action):
-    activation = {jax.nn.relu: relu, jax.nn.silu: silu}[critic.mlp.activation]
+    activation, _ = ACTIVATIONS[critic.mlp.activation]
     return numpy_mlp(critic.mlp, np.concatenate([obs, action], axis=-1), activation)[0][..., 0]
 
 

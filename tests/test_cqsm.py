@@ -51,6 +51,25 @@ def test_irregular_steps_learn_it_too():
     assert max(error.values()) < 0.06, error
 
 
+@pytest.mark.slow
+def test_finite_horizon_with_a_steep_terminal_reward():
+    problem = {
+        "A": [[0.3]],
+        "B": [[1.0]],
+        "noise": [{"C": [[0.2]], "e": [0.3]}],
+        "sigma_a": 0.6,
+        "M": [[0.1, 0.0], [0.0, 0.1]],
+        "score_cost": 0.3,
+        "discount_rate": 0.2,
+        "terminal": {"T": 2.0, "H": [[5.0, 0.0], [0.0, 0.1]], "h1": [0.5, 0.0], "h0": 1.0},
+    }
+    environment = LQ(id="lq", problem=json.dumps(problem))
+    session = learn(environment, qs.CQSM(preset="linear_quadratic"), steps=STEPS)
+    comparison = compare(session.algorithm, environment, session.runner.agent)
+    assert max(comparison.relative_error.values()) < 0.1, comparison.relative_error
+    assert 0.0 <= comparison.return_gap < 0.02
+
+
 def test_a_score_that_stays_inadmissible_is_explained(tmp_path, capsys):
     # an action of at most 8 cannot hold dx = (3 x + a / 20) dt
     problem = {

@@ -214,7 +214,7 @@ def test_data_that_cannot_be_used_are_refused(small):
     with pytest.raises(ValueError, match="cannot tell the action's effect from the state's"):
         run(noiseless)
     few = jax.tree.map(lambda leaf: leaf[:1, :20], small)
-    with pytest.raises(ValueError, match="at least as many rows as Q has features, 36; it has 20"):
+    with pytest.raises(ValueError, match="at least as many rows as Q has features, 54; it has 20"):
         run(few)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import (
+    ACTIVATIONS,
     HIDDEN,
     assert_close,
     numpy_mlp,
@@ -20,7 +21,6 @@ from helpers import (
     quick_jit,
     random_batch,
     random_critics,
-    relu,
     unstack,
     wide,
 )
@@ -43,13 +43,13 @@ def numpy_mish(x):
 
 
 def numpy_gradient(critic, obs, action):
-    """dQ/da of one critic with ReLU at every row, by back-propagation written out."""
-    assert critic.mlp.activation is jax.nn.relu
-    _, inputs = numpy_mlp(critic.mlp, np.concatenate([obs, action], axis=-1), relu)
+    """dQ/da of one critic at every row, by back-propagation written out."""
+    activation, slope = ACTIVATIONS[critic.mlp.activation]
+    _, inputs = numpy_mlp(critic.mlp, np.concatenate([obs, action], axis=-1), activation)
     layers = critic.mlp.layers
     gradient = np.broadcast_to(layers[-1].weight[:, 0], inputs[-1].shape)
-    for layer, output in zip(reversed(layers[:-1]), reversed(inputs[1:]), strict=True):
-        gradient = (gradient * (output > 0.0)) @ layer.weight.T
+    for layer, x in zip(reversed(layers[:-1]), reversed(inputs[:-1]), strict=True):
+        gradient = (gradient * slope(x @ layer.weight + layer.bias)) @ layer.weight.T
     return gradient[:, obs.shape[-1] :]
 
 

@@ -32,6 +32,10 @@ from qscore.types import AnyArray
 FLOOR = 0.1
 """Least conditional variance that a weighted test function divides by, as a share of the mean."""
 
+LARGEST_LEVERAGE = 30.0
+"""Rows of larger features count less, in proportion: with multiplicative noise the state's tails
+are so heavy that averages of its fourth powers would never settle."""
+
 
 def span(
     discount_rate: Float[Array, ""] | float, dt: Float[AnyArray, "*shape"]
@@ -142,6 +146,44 @@ def unit_diagonal(
     """
     unit = jax.lax.rsqrt(jnp.maximum(jnp.abs(jnp.diagonal(gram)), 1e-30))
     return unit, unit[:, None] * gram * unit[None] + ridge * jnp.eye(len(unit))
+
+
+class VarianceFit(eqx.Module):
+    """Running sums of a regression of dM^2 / dt on quadratic features."""
+
+    gram: Float[Array, "features features"]
+    gain: Float[Array, " features"]
+
+    @staticmethod
+    def zeros(size: int) -> "VarianceFit":
+        """Nothing seen yet."""
+        return VarianceFit(1e-6 * jnp.eye(size), jnp.zeros(size))
+
+    def weights(
+        self,
+        phi: Float[Array, "batch features"],
+        increment: Float[Array, " batch"],
+        dt: Float[Array, " batch"],
+        *,
+        keep: Float[Array, ""],
+        heavy_tails: bool = False,
+        shift: float = 0.0,
+    ) -> tuple[Float[Array, " batch"], "VarianceFit"]:
+        """1 / (v + shift mean(v)), scaled to mean 1, and the sums after this batch.
+
+        With `heavy_tails`, rows of large features count less in the regression and in the result.
+        Without the shift, networks learn too little where v is large, and can run away there.
+        """
+        size = leverage(phi) if heavy_tails else jnp.ones(phi.shape[0])
+        # dM^2 scatters with the square of its own mean, which grows as the features do
+        light = (1.0 / size / jnp.sum(1.0 / size))[:, None]
+        gram = keep * self.gram + (light * phi).T @ phi
+        gain = keep * self.gain + (light * phi).T @ (increment**2 / dt)
+        unit, scaled = unit_diagonal(gram, ridge=1e-4)
+        variance = jnp.maximum(phi @ (unit * jnp.linalg.solve(scaled, unit * gain)), 0.0)
+        weight = variance_weight(variance + shift * jnp.mean(variance))
+        weight = weight * jnp.minimum(1.0, LARGEST_LEVERAGE / size)
+        return jnp.asarray(weight / jnp.mean(weight)), VarianceFit(gram, gain)
 
 
 def mean_over_noise(
@@ -317,8 +359,6 @@ def solve(
     discount_rate: Float[Array, ""] | float,
     finite_horizon: bool = False,
     margin: Float[Array, ""] | float = 0.0,
-    near: Float[Array, " params"] | None = None,
-    pull: float = 0.0,
     ridge: float = 1e-6,
 ) -> Fit:
     """theta with E[xi dM] = 0, at the least discount rate at which the value is finite.
@@ -330,12 +370,8 @@ def solve(
     (or `margin`, where that is more) above the growth rate: the value of a more short-sighted
     problem, whose greedy score is a better start for beta itself. Where the growth rate is within
     `margin` of beta, the value is finite but not yet to be estimated, and the rate is raised to
-    their sum. With a finite horizon every score has a value, and nothing is changed. The first
-    feature must be the constant.
-
-    With `near`, the result is one implicit step from there,
-    E[xi dM] = pull E[xi phi'] (theta - near) dt: what is badly determined then changes slowly.
-    `pull` is in 1/s. The steps converge for plain test functions on the score's own experience.
+    their sum. With a finite horizon every score has a value, and the rate is raised by `margin`:
+    little data determine a short-sighted value better. The first feature must be the constant.
     """
     size = sums.gram.shape[0]
     unit, gram = unit_diagonal(sums.gram, ridge=ridge)
@@ -345,13 +381,9 @@ def solve(
     growth = spectral_abscissa(generator[1:, 1:])
     room = jnp.where(growth < discount_rate, margin, jnp.maximum(margin, STEEP))
     rate = jnp.maximum(discount_rate, growth + room)
-    rate = jnp.where(finite_horizon, discount_rate, rate)
-    extra = (rate - discount_rate) * gram
-    gain = unit * sums.gain
-    if near is not None:
-        extra = extra + pull * gram
-        gain = gain + pull * gram @ (near / unit)
-    theta = unit * jnp.linalg.solve(loss + extra + ridge * jnp.eye(size), gain)
+    rate = jnp.where(finite_horizon, discount_rate + margin, rate)
+    raised = loss + (rate - discount_rate) * gram
+    theta = unit * jnp.linalg.solve(raised + ridge * jnp.eye(size), unit * sums.gain)
     return Fit(theta, growth, rate)
 
 

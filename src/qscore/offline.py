@@ -267,7 +267,12 @@ class _Data:
         if self.method == "least_squares":
             sums = _least_squares(self.algorithm, self.state, self.rows, psi)
             timed = _time_degree(self.state) > 0
-            fit = martingale.solve(sums, discount_rate=asked, finite_horizon=timed, margin=margin)
+            fit = martingale.solve(
+                sums,
+                discount_rate=asked,
+                finite_horizon=timed,
+                margin=0.0 if timed else margin,
+            )
             growth = float("nan") if timed else float(fit.growth_rate)
             found = _Found(fit.theta, (), growth, float(fit.discount_rate), asked)
         else:

@@ -46,7 +46,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qscore import martingale
 from qscore.algorithms.base import saturation
 from qscore.config import Range, preset_field, resolve_preset, validate
-from qscore.martingale import LeastSquares
+from qscore.martingale import LeastSquares, VarianceFit
 from qscore.networks import MLP, mean_q
 from qscore.normalize import Moments, observe, standardize
 from qscore.optimize import gradient_step, move_target
@@ -63,18 +63,15 @@ SCALE_SECONDS = 10.0
 CAUTIOUS_SECONDS = 10.0
 """Time in which least squares come to trust a growth rate that is close to the discount rate."""
 
-LARGEST_LEVERAGE = 30.0
-"""Rows of larger features count less, in proportion: with multiplicative noise the state's tails
-are so heavy that averages of its fourth powers would never settle."""
+TIME_DEGREE = 8
+"""Of the polynomials of time in a feature critic over a finite horizon: a steep terminal reward
+makes for fast changes near the end."""
 
-TIME_DEGREE = 5
-"""Of the polynomials of time in a feature critic over a finite horizon."""
-
-FINITE_WINDOW = 0.5
+FINITE_WINDOW = 0.2
 """Over a finite horizon only an episode's last step says where Q ends, and those are few."""
 
-PULL = 5.0
-"""1/s; how strongly least squares over a finite horizon hold on to their last solution."""
+FINITE_CAUTION = 5.0
+"""1/s; how much more the future is discounted over a finite horizon when learning begins."""
 
 
 class Quadratic(eqx.Module):
@@ -126,44 +123,6 @@ class NetworkQ(eqx.Module):
 
     def __call__(self, obs: Float[Array, " obs"], action: Float[Array, " act"]) -> Float[Array, ""]:
         return self.mlp(standardize(self.moments, jnp.concatenate([obs, action])))[0]
-
-
-class VarianceFit(eqx.Module):
-    """Running sums of a regression of dM^2 / dt on quadratic features."""
-
-    gram: Float[Array, "features features"]
-    gain: Float[Array, " features"]
-
-    @staticmethod
-    def zeros(size: int) -> "VarianceFit":
-        """Nothing seen yet."""
-        return VarianceFit(1e-6 * jnp.eye(size), jnp.zeros(size))
-
-    def weights(
-        self,
-        phi: Float[Array, "batch features"],
-        increment: Float[Array, " batch"],
-        dt: Float[Array, " batch"],
-        *,
-        keep: Float[Array, ""],
-        heavy_tails: bool = False,
-        shift: float = 0.0,
-    ) -> tuple[Float[Array, " batch"], "VarianceFit"]:
-        """1 / (v + shift mean(v)), scaled to mean 1, and the sums after this batch.
-
-        With `heavy_tails`, rows of large features count less in the regression and in the result.
-        Without the shift, networks learn too little where v is large, and can run away there.
-        """
-        size = martingale.leverage(phi) if heavy_tails else jnp.ones(phi.shape[0])
-        # dM^2 scatters with the square of its own mean, which grows as the features do
-        light = (1.0 / size / jnp.sum(1.0 / size))[:, None]
-        gram = keep * self.gram + (light * phi).T @ phi
-        gain = keep * self.gain + (light * phi).T @ (increment**2 / dt)
-        unit, scaled = martingale.unit_diagonal(gram, ridge=1e-4)
-        variance = jnp.maximum(phi @ (unit * jnp.linalg.solve(scaled, unit * gain)), 0.0)
-        weight = martingale.variance_weight(variance + shift * jnp.mean(variance))
-        weight = weight * jnp.minimum(1.0, LARGEST_LEVERAGE / size)
-        return jnp.asarray(weight / jnp.mean(weight)), VarianceFit(gram, gain)
 
 
 class FeatureLearner(eqx.Module):
@@ -289,15 +248,14 @@ class CQSM:
     """Euler-Maruyama steps of the action process per control step, in [1, 100]."""
     test_function: Literal["gradient", "weighted"] = preset_field()
     """xi: the critic's parameter gradient, or that over the increment's conditional variance, which
-    is a regression of dM^2 / dt on quadratic features. Feature critics over a finite horizon take
-    the plain gradient."""
+    is a regression of dM^2 / dt on quadratic features."""
     control_variate: bool = True
     """Take the simulated action noise's known effect off dM. For features this is exact."""
     relaxation_rate: Annotated[float, Range(0, low_open=True)] = 2.0
     """Rate at which a feature score follows grad_a Q / lambda, in (0, inf), 1/s."""
     window: Annotated[float, Range(0, 1, low_open=True)] = 0.1
     """Share of all experience that the least squares remember, in (0, 1]; over a finite horizon at
-    least 0.5."""
+    least 0.2."""
     critics: Annotated[int, Range(1, 10)] = preset_field()
     """Network critics, in [1, 10]; the smallest makes the target, their mean the gradient."""
     target_rate: Annotated[float | None, Range(0, low_open=True)] = preset_field()
@@ -375,7 +333,7 @@ class CQSM:
             n = shape.shape[0]
             critic: Any = Quadratic(jnp.zeros(n), time_degree)
             score: Any = Quadratic(jnp.zeros(n), time_degree)
-            weighted = self.test_function == "weighted" and not time_degree
+            weighted = self.test_function == "weighted"
             variance = VarianceFit.zeros(n) if weighted else None
             learner: Any = FeatureLearner(LeastSquares.zeros(n), variance)
         else:
@@ -591,10 +549,8 @@ class CQSM:
             sums,
             discount_rate=constants.discount_rate,
             finite_horizon=bool(time_degree),
-            # only the few rows at the end tell apart what solves the equations in between
-            near=critic.theta if time_degree else None,
-            pull=PULL,
-            margin=jnp.exp(-state.learned / CAUTIOUS_SECONDS),
+            margin=(FINITE_CAUTION if time_degree else 1.0)
+            * jnp.exp(-state.learned / CAUTIOUS_SECONDS),
         )
         # the terminal reward is all that ties Q down in a finite horizon: it must have been seen
         wait = 1.0 + (1.2 * constants.horizon if time_degree else 0.0)

@@ -31,9 +31,10 @@ Deviations of the default preset from the paper: (1) the target is "normalized",
 clipped to the action box, which bounds the regression however large the gradient; (3) cosine
 schedule; (4) the chain inside the critic's target carries no noise (smoothing noise is added to its
 end), and neither does the chain at evaluation; (5) both of those run a running average of the
-actor; (6) the critics' mean makes the target, not their minimum; (7) exploration adds more noise,
+actor; (6) the critics' mean makes the target, not their minimum; (7) the critics' activation is
+SiLU: the action gradient of a ReLU network is piecewise constant; (8) exploration adds more noise,
 the random warm-up is shorter, the step sizes are larger and the actor's is constant.
-`preset="official"` undoes all seven and is the published algorithm as its released code computes
+`preset="official"` undoes all eight and is the published algorithm as its released code computes
 it, in that code's order: the critics, then the actor against the new critics. Only the width
 differs, (512, 512) there: see `hidden`.
 """
@@ -135,6 +136,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "target_chain_noise": 0.0,
         "exploration_noise": 0.3,
         "eval_chain_noise": 0.0,
+        "critic_activation": "silu",
         "pessimism": 0.0,
         "average_rate": 0.005,
         "actor_lr": 5e-4,
@@ -151,6 +153,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "target_chain_noise": 1.0,
         "exploration_noise": 0.1,
         "eval_chain_noise": 1.0,
+        "critic_activation": "relu",
         "pessimism": 1.0,
         "average_rate": 1.0,
         "actor_lr": 3e-4,
@@ -218,7 +221,7 @@ class QSM:
     """Adam's step size for the actor, in (0, inf)."""
     critic_lr: Annotated[float, Range(0, low_open=True)] = preset_field()
     """Adam's step size for the critics, in (0, inf)."""
-    critic_activation: Literal["relu", "silu"] = "relu"
+    critic_activation: Literal["relu", "silu"] = preset_field()
     """Between the critics' layers. The actor learns from their gradient, which ReLU makes piecewise
     constant."""
     actor_decay_steps: Annotated[int | None, Range(1)] = preset_field()
