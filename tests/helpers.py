@@ -1,9 +1,22 @@
-"""What tests share: one comparison with one table of tolerances, and a jit that compiles fast."""
+"""What tests share.
 
+One comparison with one table of tolerances, a jit that compiles fast, networks in NumPy, random
+critics and batches, critics that are known functions, and a training session.
+"""
+
+import dataclasses
+import functools
 from typing import Any
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
+
+from qscore import Transition
+from qscore.networks import Critic
+from qscore.train_host import Session
 
 TOLERANCES = {
     # (relative, absolute): a few dozen roundings of numbers of order one
@@ -42,3 +55,146 @@ def quick_jit(function: Any, **kwargs: Any) -> Any:
     Compiling is most of what a test of a small network costs, and this halves it.
     """
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **kwargs)
+
+
+# The networks, in NumPy and float64 ---------------------------------------------------------------
+
+
+def wide(tree):
+    """Every array of a pytree as float64 in host memory."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+
+
+def unstack(critics):
+    """The two critics of a stack."""
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], wide(critics)) for i in range(2)]
+
+
+def numpy_mlp(mlp, x, activation):
+    """An MLP on rows, and the input of every layer."""
+    inputs = []
+    for layer in mlp.layers[:-1]:
+        inputs.append(x)
+        x = activation(x @ layer.weight + layer.bias)
+    inputs.append(x)
+    return x @ mlp.layers[-1].weight + mlp.layers[-1].bias, inputs
+
+
+def relu(x):
+    return np.maximum(x, 0.0)
+
+
+def sigmoid(x):
+    return 1.0 / (1.0 + np.exp(-x))
+
+
+# value and derivative
+ACTIVATIONS = {
+    jax.nn.relu: (relu, lambda x: x > 0.0),
+    jax.nn.silu: (lambda x: x * sigmoid(x), lambda x: sigmoid(x) * (1.0 + x * sigmoid(-x))),
+}
+
+
+def numpy_q(critic, obs, action):
+    activation, _ = ACTIVATIONS[critic.mlp.activation]
+    return numpy_mlp(critic.mlp, np.concatenate([obs, action], axis=-1), activation)[0][..., 0]
+
+
+# Random networks and batches ----------------------------------------------------------------------
+
+HIDDEN = (16, 16)
+
+
+def perturbed(network, key):
+    """The network with noise on every parameter: biases begin at 0, and should count here."""
+    leaves, treedef = jax.tree.flatten(network)
+    keys = jr.split(key, len(leaves))
+    noisy = [leaf + 0.2 * jr.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(treedef, noisy)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def random_critics(spec, key):
+    init_key, noise_key = jr.split(key)
+    keys = jr.split(init_key, 2)
+    critics = jax.vmap(lambda key: Critic(spec.obs_size, spec.action_size, HIDDEN, key=key))(keys)
+    return perturbed(critics, noise_key)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def random_batch(spec, rows, key):
+    obs_key, action_key, reward_key, next_key = jr.split(key, 4)
+    return Transition(
+        obs=jr.normal(obs_key, (rows, spec.obs_size)),
+        action=jr.uniform(action_key, (rows, spec.action_size), minval=-1.0, maxval=1.0),
+        reward=jr.normal(reward_key, (rows,)),
+        next_obs=jr.normal(next_key, (rows, spec.obs_size)),
+        terminated=jnp.arange(rows) % 3 == 0,
+        time=jnp.zeros(rows),
+        dt=jnp.full(rows, spec.dt),
+    )
+
+
+def random_state(algorithm, spec, names):
+    """A fresh state in which the networks of these names are random, all of them different."""
+    state = quick_jit(lambda key: algorithm.init(spec, key=key))(jr.key(10))
+    networks = {
+        name: perturbed(getattr(state, name), key)
+        for name, key in zip(names, jr.split(jr.key(11), len(names)), strict=True)
+    }
+    return dataclasses.replace(state, **networks)
+
+
+def along(network, gradient, key):
+    """A random direction among a network's parameters: the gradient along it, and a function.
+
+    The function takes a loss in NumPy to its central difference quotient along the same direction.
+    """
+    network = wide(network)
+    direction = wide(perturbed(jax.tree.map(jnp.zeros_like, network), key))
+    size = sum(np.sum(leaf**2) for leaf in jax.tree.leaves(direction)) ** 0.5
+    products = jax.tree.map(lambda g, d: np.sum(g * d) / size, wide(gradient), direction)
+
+    def quotient(loss, step=1e-6):
+        ahead, behind = (
+            jax.tree.map(lambda p, d, s=s: p + s * d / size, network, direction)
+            for s in (step, -step)
+        )
+        return (loss(ahead) - loss(behind)) / (2.0 * step)
+
+    return sum(jax.tree.leaves(products)), quotient
+
+
+class Polynomial(eqx.Module):
+    """Q(s, a) = p(a - shift s) of a one-dimensional task, in the place of a critic's network."""
+
+    coefficients: jax.Array
+    shift: jax.Array
+
+    def __call__(self, x):
+        obs, action = x
+        return jnp.polyval(self.coefficients, action - self.shift * obs)[None]
+
+
+def polynomial_critics(coefficients, shift=0.0):
+    """A stack of critics Q_i(s, a) = p_i(a - shift s), coefficients from the highest power down."""
+    critics = [
+        eqx.tree_at(
+            lambda critic: critic.mlp,
+            Critic(1, 1, (1,), key=jr.key(0)),
+            Polynomial(jnp.asarray(each, jnp.float32), jnp.float32(shift)),
+        )
+        for each in coefficients
+    ]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *critics)
+
+
+# Training -----------------------------------------------------------------------------------------
+
+
+def learn(environment, algorithm, seed=0, *, steps, eval_episodes=1):
+    """The session of one seed after `steps` environment steps."""
+    session = Session(algorithm, environment, seed, steps=steps, eval_episodes=eval_episodes)
+    while session.env_steps < steps:
+        session.advance(steps)
+    return session

@@ -45,7 +45,7 @@ BAD = {
     "trian qsm Pendulum-v1": "unknown command 'trian'; the closest is 'train'",
     "train": "needs an algorithm and an environment first",
     "train qsm": "needs an algorithm and an environment first",
-    "train qsmm Pendulum-v1": "unknown algorithm 'qsmm'; the closest is 'qsm'. Known: cqsm, qsm.",
+    "train qsmm Pendulum-v1": "'qsmm'; the closest is 'qsm'. Known: cqsm, qsm, sac, td3.",
     "train qsm Pendulun-v1": "unknown environment 'Pendulun-v1'. The closest are Pendulum-v1",
     "train qsm CartPole-v1": "has the action space Discrete(2)",
     "train qsm Pendulum-v1 --steps -5": "`steps` must lie in [1, inf), got -5",

@@ -9,29 +9,22 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from helpers import learn
 
 import qscore as qs
 from qscore.algorithms.cqsm import quadratic_features
 from qscore.closed_form import compare, continuous
 from qscore.environments import LQ
-from qscore.train_host import Session
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "lq"
 STEPS = 1_280_000  # 100 seconds in each of 128 copies
-
-
-def learn(environment, algorithm, seed=0, steps=STEPS):
-    session = Session(algorithm, environment, seed, steps=steps, eval_episodes=1)
-    while session.env_steps < steps:
-        session.advance(steps)
-    return session
 
 
 @pytest.fixture(scope="module")
 def sessions():
     environment = LQ(id="lq")
     algorithm = qs.CQSM(preset="linear_quadratic")
-    return [learn(environment, algorithm, seed) for seed in range(3)]
+    return [learn(environment, algorithm, seed, steps=STEPS) for seed in range(3)]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -55,7 +48,7 @@ def test_comparison_sees_a_wrong_score(sessions):
 
 def test_irregular_steps_learn_it_too():
     environment = LQ(id="lq", dt_min=0.002, dt_max=0.018)
-    session = learn(environment, qs.CQSM(preset="linear_quadratic"))
+    session = learn(environment, qs.CQSM(preset="linear_quadratic"), steps=STEPS)
     error = compare(session.algorithm, environment, session.runner.agent).relative_error
     assert max(error.values()) < 0.06, error
 
@@ -63,7 +56,7 @@ def test_irregular_steps_learn_it_too():
 @pytest.mark.slow
 def test_finite_horizon_with_a_steep_terminal_reward():
     environment = LQ(id="lq", problem=(EXAMPLES / "steep.json").read_text())
-    session = learn(environment, qs.CQSM(preset="linear_quadratic"))
+    session = learn(environment, qs.CQSM(preset="linear_quadratic"), steps=STEPS)
     comparison = compare(session.algorithm, environment, session.runner.agent)
     assert max(comparison.relative_error.values()) < 0.1, comparison.relative_error
     assert 0.0 <= comparison.return_gap < 0.02

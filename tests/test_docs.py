@@ -179,6 +179,33 @@ def test_the_table_of_cqsm_has_every_field_with_its_presets_and_range():
         assert row["range"] == limits(qs.CQSM, name), name
 
 
+BASELINES = pytest.mark.parametrize("kind", [qs.SAC, qs.TD3])
+
+
+@BASELINES
+def test_the_table_of_a_baseline_has_every_field_with_its_range(kind):
+    rows = list(table(DOCS / "algorithms" / f"{kind.__name__.lower()}.md", "field", "default"))
+    assert [row["field"] for row in rows] == [field.name for field in dataclasses.fields(kind)]
+    for row in rows:
+        name = row["field"]
+        assert row["default"] == str(getattr(kind(), name)), name
+        assert row["range"] == limits(kind, name), name
+        assert row["meaning"], name
+
+
+@BASELINES
+def test_the_table_of_metrics_is_what_a_baseline_reports(kind):
+    spec, algorithm = qs.Spec(obs_size=3, action_size=2, dt=0.1), kind(hidden=(4, 4))
+    batch = replay.empty_rows(spec, 4)
+
+    def metrics(key):
+        return algorithm.update(algorithm.init(spec, key=key), batch, key=key)[1]
+
+    page = DOCS / "algorithms" / f"{kind.__name__.lower()}.md"
+    rows = {row["metric"] for row in table(page, "metric", "formula")}
+    assert rows == set(jax.eval_shape(metrics, jr.key(0))) | {"episode_return"}
+
+
 def test_the_table_of_metrics_is_what_cqsm_reports():
     spec = qs.Spec(obs_size=3, action_size=2, dt=0.1)
     batch = replay.empty_rows(spec, 4)
@@ -230,7 +257,8 @@ def test_the_table_of_metrics_is_what_qsm_reports():
 def flags() -> dict[str, set[str]]:
     """The flags of every command, from its own help."""
     found = {}
-    pairs = (["train", "qsm", "Pendulum-v1"], ["train", "cqsm", "lq"])
+    pairs = [["train", name, "Pendulum-v1"] for name in ("qsm", "sac", "td3")]
+    pairs.append(["train", "cqsm", "lq"])
     for command in (*pairs, *([name] for name in cli.SIMPLE)):
         with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as done:
             cli.main([*command, "--help"])

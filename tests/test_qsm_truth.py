@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-import equinox as eqx
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -11,60 +10,36 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, quick_jit
+from helpers import (
+    ACTIVATIONS,
+    HIDDEN,
+    assert_close,
+    numpy_mlp,
+    numpy_q,
+    perturbed,
+    polynomial_critics,
+    quick_jit,
+    random_batch,
+    random_critics,
+    unstack,
+    wide,
+)
 from scipy import stats
 
-from qscore import QSM, Spec, Transition
+from qscore import QSM, Spec
 from qscore.algorithms.qsm import score_loss
-from qscore.networks import Critic, ScoreNetwork
+from qscore.networks import ScoreNetwork
 from qscore.optimize import gradient_step
 
 SPEC = Spec(obs_size=3, action_size=2, dt=0.05)
-HIDDEN = (16, 16)
 ROWS = 64
 
 
 # The networks, in NumPy and float64 ---------------------------------------------------------------
 
 
-def wide(tree):
-    """Every array of a pytree as float64 in host memory."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
-
-
-def unstack(critics):
-    """The two critics of a stack."""
-    return [jax.tree.map(lambda leaf, i=i: leaf[i], wide(critics)) for i in range(2)]
-
-
-def numpy_mlp(mlp, x, activation):
-    """An MLP on rows, and the input of every layer."""
-    inputs = []
-    for layer in mlp.layers[:-1]:
-        inputs.append(x)
-        x = activation(x @ layer.weight + layer.bias)
-    inputs.append(x)
-    return x @ mlp.layers[-1].weight + mlp.layers[-1].bias, inputs
-
-
 def numpy_mish(x):
     return x * np.tanh(np.log1p(np.exp(x)))
-
-
-def sigmoid(x):
-    return 1.0 / (1.0 + np.exp(-x))
-
-
-# value and derivative
-ACTIVATIONS = {
-    jax.nn.relu: (lambda x: np.maximum(x, 0.0), lambda x: x > 0.0),
-    jax.nn.silu: (lambda x: x * sigmoid(x), lambda x: sigmoid(x) * (1.0 + x * sigmoid(-x))),
-}
-
-
-def numpy_q(critic, obs, action):
-    activation, _ = ACTIVATIONS[critic.mlp.activation]
-    return numpy_mlp(critic.mlp, np.concatenate([obs, action], axis=-1), activation)[0][..., 0]
 
 
 def numpy_gradient(critic, obs, action):
@@ -85,36 +60,6 @@ def numpy_denoiser(network, obs, noised, level):
     embedding, _ = numpy_mlp(network.level_mlp, features, numpy_mish)
     inputs = [noised, obs, np.broadcast_to(embedding, (obs.shape[0], embedding.shape[0]))]
     return numpy_mlp(network.mlp, np.concatenate(inputs, axis=-1), numpy_mish)[0]
-
-
-def perturbed(network, key):
-    """The network with noise on every parameter: biases begin at 0, and should count here."""
-    leaves, treedef = jax.tree.flatten(network)
-    keys = jr.split(key, len(leaves))
-    noisy = [leaf + 0.2 * jr.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(treedef, noisy)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def random_critics(spec, key):
-    init_key, noise_key = jr.split(key)
-    keys = jr.split(init_key, 2)
-    critics = jax.vmap(lambda key: Critic(spec.obs_size, spec.action_size, HIDDEN, key=key))(keys)
-    return perturbed(critics, noise_key)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def random_batch(spec, rows, key):
-    obs_key, action_key, reward_key, next_key = jr.split(key, 4)
-    return Transition(
-        obs=jr.normal(obs_key, (rows, spec.obs_size)),
-        action=jr.uniform(action_key, (rows, spec.action_size), minval=-1.0, maxval=1.0),
-        reward=jr.normal(reward_key, (rows,)),
-        next_obs=jr.normal(next_key, (rows, spec.obs_size)),
-        terminated=jnp.arange(rows) % 3 == 0,
-        time=jnp.zeros(rows),
-        dt=jnp.full(rows, spec.dt),
-    )
 
 
 # What the actor is regressed onto -----------------------------------------------------------------
@@ -305,30 +250,11 @@ def test_actions_are_noised_to_their_level():
 # What the regression converges to -----------------------------------------------------------------
 
 
-class Polynomial(eqx.Module):
-    """Q(s, a) = p(a - shift s) of a one-dimensional task, in the place of a critic's network."""
-
-    coefficients: jax.Array
-    shift: jax.Array
-
-    def __call__(self, x):
-        obs, action = x
-        return jnp.polyval(self.coefficients, action - self.shift * obs)[None]
-
-
 def frozen_critics(coefficients, shift):
     """A stack of two critics that differ, and whose mean is p(a - shift s)."""
     # subtracting from one what is added to the other: either alone would be a wrong landscape
-    tilt = jnp.array([0.0, 0.0, 0.0, 2.0, 0.0])
-    both = [
-        eqx.tree_at(
-            lambda critic: critic.mlp,
-            Critic(1, 1, (1,), key=jr.key(0)),
-            Polynomial(jnp.asarray(coefficients, jnp.float32) + sign * tilt, jnp.float32(shift)),
-        )
-        for sign in (1.0, -1.0)
-    ]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *both)
+    tilt = np.array([0.0, 0.0, 0.0, 2.0, 0.0])
+    return polynomial_critics([np.add(coefficients, tilt), np.subtract(coefficients, tilt)], shift)
 
 
 LINE = Spec(obs_size=1, action_size=1, dt=0.05)

@@ -4,6 +4,8 @@ from qscore import lq as lq
 from qscore.algorithms import ALGORITHMS as ALGORITHMS
 from qscore.algorithms import CQSM as CQSM
 from qscore.algorithms import QSM as QSM
+from qscore.algorithms import SAC as SAC
+from qscore.algorithms import TD3 as TD3
 from qscore.algorithms import Algorithm as Algorithm
 from qscore.environments import ENVIRONMENTS as ENVIRONMENTS
 from qscore.environments import EnvironmentFailure as EnvironmentFailure

@@ -4,6 +4,7 @@ Every leaf of a network is an array (activations and sizes are static), so plain
 `jax.grad`, `jax.lax.scan` and Optax work on it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import equinox as eqx
@@ -101,6 +102,54 @@ def mean_q(
 ) -> Float[Array, ""]:
     """The mean of a stack of critics (leading axis) at one observation and action."""
     return jnp.mean(jax.vmap(lambda critic: critic(obs, action))(critics))
+
+
+class DeterministicActor(eqx.Module):
+    """a = tanh(MLP(s)): one observation to one action in [-1, 1]."""
+
+    mlp: MLP
+
+    def __init__(self, obs_size: int, action_size: int, hidden: Sequence[int], *, key: Key):
+        self.mlp = MLP((obs_size, *hidden, action_size), jax.nn.relu, key=key)
+
+    def __call__(self, obs: Float[Array, " obs"]) -> Float[Array, " act"]:
+        return jnp.tanh(self.mlp(obs))
+
+
+LOG_STD_BOUNDS = (-20.0, 2.0)
+"""Where a `GaussianActor` keeps its log standard deviations, before the tanh."""
+
+
+class GaussianActor(eqx.Module):
+    """One observation to the (mean, log std) of a Gaussian, which `tanh_gaussian` squashes."""
+
+    mlp: MLP
+
+    def __init__(self, obs_size: int, action_size: int, hidden: Sequence[int], *, key: Key):
+        self.mlp = MLP((obs_size, *hidden, 2 * action_size), jax.nn.relu, key=key)
+
+    def __call__(
+        self, obs: Float[Array, " obs"]
+    ) -> tuple[Float[Array, " act"], Float[Array, " act"]]:
+        mean, log_std = jnp.split(self.mlp(obs), 2)
+        return mean, jnp.clip(log_std, *LOG_STD_BOUNDS)
+
+
+def tanh_gaussian(
+    mean: Float[Array, " act"], log_std: Float[Array, " act"], noise: Float[Array, " act"]
+) -> tuple[Float[Array, " act"], Float[Array, ""]]:
+    """a = tanh(u) with u = mean + std * noise, noise ~ N(0, I), and log pi(a) in nats.
+
+        log pi(a) = sum_j log N(u_j; mean_j, std_j) - log(1 - tanh(u_j)^2),
+        log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2 u)).
+
+    The second line is exact where 1 - tanh(u)^2 is 0 in floating point, from |u| of about 9.
+    """
+    u = mean + jnp.exp(log_std) * noise
+    # from the noise: (u - mean) / std would cancel for a small std
+    log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2.0 * math.pi)
+    log_slope = 2.0 * (math.log(2.0) - u - jax.nn.softplus(-2.0 * u))
+    return jnp.tanh(u), jnp.sum(log_normal - log_slope)
 
 
 class FourierFeatures(eqx.Module):

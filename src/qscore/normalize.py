@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qscore.types import AnyArray
+from qscore.types import AnyArray, Transition
 
 SLOWEST = 1e-3
 """Least weight of a batch: the moments follow a distribution that goes on moving."""
@@ -40,3 +40,12 @@ def standardize(moments: Moments, x: Float[Array, " size"]) -> Float[Array, " si
     """(x - mean) / std, clipped; gradients pass through inside the bound."""
     unit = (x - moments.mean) * jax.lax.rsqrt(moments.variance + 1e-6)
     return jnp.clip(unit, -BOUND, BOUND)
+
+
+def standardize_batch(moments: Moments, batch: Transition) -> Transition:
+    """The batch as networks see it: `obs` and `next_obs` by the same moments."""
+    obs, next_obs = (
+        jax.vmap(lambda row: standardize(moments, row))(rows)
+        for rows in (batch.obs, batch.next_obs)
+    )
+    return eqx.tree_at(lambda b: (b.obs, b.next_obs), batch, (obs, next_obs))

@@ -3,10 +3,14 @@
 from qscore.algorithms.base import Algorithm as Algorithm
 from qscore.algorithms.cqsm import CQSM as CQSM
 from qscore.algorithms.qsm import QSM as QSM
+from qscore.algorithms.sac import SAC as SAC
+from qscore.algorithms.td3 import TD3 as TD3
 
 ALGORITHMS: dict[str, type] = {
     "qsm": QSM,
     "cqsm": CQSM,
+    "sac": SAC,
+    "td3": TD3,
 }
 
 

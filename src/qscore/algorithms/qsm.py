@@ -52,19 +52,11 @@ from jaxtyping import Array, Float, Int
 from qscore import diffusion
 from qscore.algorithms.base import saturation
 from qscore.config import Range, preset_field, resolve_preset, validate
+from qscore.critics import bootstrap, critic_loss, q_values, stack_critics
 from qscore.networks import Critic, ScoreNetwork, mean_q
-from qscore.normalize import Moments, observe, standardize
+from qscore.normalize import Moments, observe, standardize, standardize_batch
 from qscore.optimize import gradient_step, move_target
 from qscore.types import Carry, Key, Metrics, Spec, Transition
-
-
-def critic_loss(
-    critics: Critic, batch: Transition, target: Float[Array, " batch"]
-) -> tuple[Float[Array, ""], Metrics]:
-    """sum_i mean (Q_i(s, a) - y)^2 over a stack of critics (leading axis), y held fixed."""
-    q = jax.vmap(lambda critic: jax.vmap(critic)(batch.obs, batch.action))(critics)
-    loss = jnp.sum(jnp.mean((q - target[None]) ** 2, axis=1))
-    return loss, {"critic_loss": loss, "q": jnp.mean(q), "q_target": jnp.mean(target)}
 
 
 def score_loss(
@@ -254,15 +246,8 @@ class QSM:
         """A fresh actor and two critics, their targets and optimisers."""
         actor_key, critics_key = jr.split(key)
         actor = ScoreNetwork(spec.obs_size, spec.action_size, self.hidden, key=actor_key)
-        critics = jax.vmap(
-            lambda key: Critic(
-                spec.obs_size,
-                spec.action_size,
-                self.hidden,
-                activation=getattr(jax.nn, self.critic_activation),
-                key=key,
-            )
-        )(jr.split(critics_key, 2))
+        activation = getattr(jax.nn, self.critic_activation)
+        critics = stack_critics(2, spec, self.hidden, activation=activation, key=critics_key)
         return QSMState(
             actor=actor,
             average_actor=jax.tree.map(jnp.copy, actor),  # buffers of their own, to be donated
@@ -284,7 +269,7 @@ class QSM:
     ) -> tuple[Float[Array, " act"], Carry]:
         """Run the denoising chain for one observation; see `exploration_noise`, `best_of`."""
         chain_key, noise_key = jr.split(key)
-        obs = self._standardized(state.moments, obs)
+        obs = standardize(state.moments, obs) if self.normalize_observations else obs
         actor = state.actor if explore else state.average_actor
         if self.best_of > 1:
             keys = jr.split(chain_key, self.best_of)
@@ -304,11 +289,7 @@ class QSM:
         moments = state.moments
         if self.normalize_observations:
             moments = observe(moments, batch.obs)
-        obs, next_obs = (
-            jax.vmap(lambda row: self._standardized(moments, row))(rows)
-            for rows in (batch.obs, batch.next_obs)
-        )
-        batch = eqx.tree_at(lambda b: (b.obs, b.next_obs), batch, (obs, next_obs))
+            batch = standardize_batch(moments, batch)
         critics, target_critics, critic_opt, critic_metrics = self._update_critics(
             state, batch, key=critic_key
         )
@@ -369,9 +350,6 @@ class QSM:
         """The tables of this policy's chain."""
         return diffusion.SCHEDULES[self.schedule](self.noise_levels)
 
-    def _standardized(self, moments: Moments, obs: Float[Array, " obs"]) -> Float[Array, " obs"]:
-        return standardize(moments, obs) if self.normalize_observations else obs
-
     def _actor_optimizer(self) -> optax.GradientTransformation:
         if self.actor_decay_steps is None:
             return optax.adam(self.actor_lr)
@@ -386,13 +364,10 @@ class QSM:
         )(batch.next_obs, jr.split(chain_key, batch.reward.shape[0]))
         noise = self.target_action_noise * jr.normal(noise_key, next_action.shape)
         smoothed = jnp.clip(next_action + noise, -1.0, 1.0)
-        next_q = jax.vmap(lambda critic: jax.vmap(critic)(batch.next_obs, smoothed))(
-            state.target_critics
-        )
-        alive = 1.0 - batch.terminated.astype(jnp.float32)
+        next_q = q_values(state.target_critics, batch.next_obs, smoothed)
         mean, least = jnp.mean(next_q, axis=0), jnp.min(next_q, axis=0)
         value = (1.0 - self.pessimism) * mean + self.pessimism * least
-        target = batch.reward + self.discount * alive * value
+        target = bootstrap(batch, value, self.discount)
 
         critics, critic_opt, metrics = gradient_step(
             critic_loss,

@@ -1,0 +1,198 @@
+"""Twin delayed deep deterministic policy gradient (TD3).  Fujimoto et al. 2018, arXiv:1802.09477.
+
+A deterministic actor pi(s) climbs the first of two critics, at every `policy_delay`-th update. The
+critics' target takes the smaller of the two target critics at a target actor's action with clipped
+noise, so that a sharp peak of one critic is not believed:
+
+    critics   L(Q)  = sum_i E (Q_i(s, a) - y)^2
+              y     = r + gamma (1 - terminated) min_i Qbar_i(s', a')
+              a'    = clip(pibar(s') + clip(noise, -c, c), -1, 1),
+              noise ~ N(0, target_action_noise^2),    c: target_noise_clip
+    actor     L(pi) = -E Q_1(s, pi(s))
+
+pibar and Qbar_i follow at `target_rate`, whenever the actor steps. One update steps the critics;
+every `policy_delay`-th then steps the actor against the new critics, and after it the targets.
+
+Deviations from the paper: (1) networks (256, 256), batches of 256 and step sizes of 3e-4, as in the
+authors' later code and in Stable-Baselines3's JAX version (SBX); the paper has (400, 300), 100 and
+1e-3; (2) a random warm-up of 3,000 steps; the paper's is 1,000 or 10,000, by task. From SBX: (3)
+the targets move with the actor, as in the paper, not at every update; (4) the actor climbs the
+first critic, as in the paper, not the smaller one; (5) exploration noise is the paper's, where SBX
+has none unless given; (6) the warm-up is longer (100 steps there); (7) the critics' loss has no
+factor 1/2, which Adam does not see; (8) layers start Glorot-uniform, the house's initialisation
+(LeCun-normal there).
+"""
+
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+from jaxtyping import Array, Float, Int
+
+from qscore.algorithms.base import saturation
+from qscore.config import Range, validate
+from qscore.critics import bootstrap, critic_loss, q_values, stack_critics
+from qscore.networks import Critic, DeterministicActor
+from qscore.normalize import Moments, observe, standardize, standardize_batch
+from qscore.optimize import gradient_step, move_target
+from qscore.types import AnyArray, Carry, Key, Metrics, Spec, Transition
+
+
+def smoothed(
+    action: Float[Array, "batch act"], noise: Float[Array, "batch act"], bound: float
+) -> Float[Array, "batch act"]:
+    """clip(a + clip(noise, -bound, bound), -1, 1)."""
+    return jnp.clip(action + jnp.clip(noise, -bound, bound), -1.0, 1.0)
+
+
+def actor_loss(
+    actor: DeterministicActor, critics: Critic, obs: Float[AnyArray, "batch obs"]
+) -> tuple[Float[Array, ""], Metrics]:
+    """-mean Q_1(s, pi(s)), differentiated through the action."""
+    first = jax.tree.map(lambda leaf: leaf[0], critics)
+    loss = -jnp.mean(jax.vmap(lambda obs: first(obs, actor(obs)))(obs))
+    return loss, {"actor_loss": loss}
+
+
+class TD3State(eqx.Module):
+    """Everything TD3 learns."""
+
+    actor: DeterministicActor
+    target_actor: DeterministicActor
+    critics: Critic  # stacked: leading axis "critics"
+    target_critics: Critic
+    actor_opt: optax.OptState
+    critic_opt: optax.OptState
+    actor_loss: Float[Array, ""]  # of the actor's last step: what the updates between report
+    moments: Moments  # of the observations
+    updates: Int[Array, ""]
+
+
+@dataclass(frozen=True)
+class TD3:
+    """Twin delayed DDPG: a deterministic actor that climbs two pessimistic critics."""
+
+    policy_delay: Annotated[int, Range(1)] = 2
+    """Updates of the critics per step of the actor and the targets, in [1, inf)."""
+    target_action_noise: Annotated[float, Range(0)] = 0.2
+    """Standard deviation of the noise added to the critic's next action, in [0, inf), unit: half
+    the action range."""
+    target_noise_clip: Annotated[float, Range(0)] = 0.5
+    """Largest size of that noise, in [0, inf), same unit."""
+    exploration_noise: Annotated[float, Range(0)] = 0.1
+    """Standard deviation of the noise added to explored actions, in [0, inf), same unit."""
+    normalize_observations: bool = False
+    """Whether the networks see observations of mean 0 and variance 1, by running moments."""
+    discount: Annotated[float, Range(0, 1, high_open=True)] = 0.99
+    """Discount factor per environment step, in [0, 1)."""
+    target_rate: Annotated[float, Range(0, 1, low_open=True)] = 0.005
+    """Weight of the new parameters when the target networks follow, in (0, 1], per step of the
+    actor."""
+    actor_lr: Annotated[float, Range(0, low_open=True)] = 3e-4
+    """Adam's step size for the actor, in (0, inf)."""
+    critic_lr: Annotated[float, Range(0, low_open=True)] = 3e-4
+    """Adam's step size for the critics, in (0, inf)."""
+    hidden: Annotated[tuple[int, ...], Range(1)] = (256, 256)
+    """Hidden layer widths of actor and critics, each in [1, inf)."""
+    batch_size: Annotated[int, Range(1)] = 256
+    """Transitions per update, in [1, inf)."""
+    warmup_steps: Annotated[int, Range(1)] = 3_000
+    """Environment steps with uniformly random actions before the first update, in [1, inf). As many
+    as QSM takes, so that runs of equal length compare: SBX's 100 do not fill a batch, and the
+    10,000 or more of many MuJoCo settings are most of a short run."""
+    updates_per_step: Annotated[float, Range(0, low_open=True)] = 1.0
+    """Gradient updates per environment step (the update-to-data ratio), in (0, inf)."""
+    replay_capacity: Annotated[int, Range(1)] = 1_000_000
+    """Transitions the replay buffer holds, in [1, inf)."""
+
+    def __post_init__(self):
+        validate(self)
+
+    def init(self, spec: Spec, *, key: Key) -> TD3State:
+        """A fresh actor and two critics, their targets and optimisers."""
+        actor_key, critics_key = jr.split(key)
+        actor = DeterministicActor(spec.obs_size, spec.action_size, self.hidden, key=actor_key)
+        critics = stack_critics(2, spec, self.hidden, key=critics_key)
+        return TD3State(
+            actor=actor,
+            target_actor=jax.tree.map(jnp.copy, actor),  # buffers of their own, to be donated
+            critics=critics,
+            target_critics=jax.tree.map(jnp.copy, critics),
+            actor_opt=optax.adam(self.actor_lr).init(actor),  # pyright: ignore[reportArgumentType]
+            critic_opt=optax.adam(self.critic_lr).init(critics),  # pyright: ignore[reportArgumentType]
+            actor_loss=jnp.zeros(()),
+            moments=Moments.unit(spec.obs_size),
+            updates=jnp.zeros((), jnp.int32),
+        )
+
+    def init_carry(self, spec: Spec) -> Carry:
+        """Nothing: the policy sees the observation only."""
+        return ()
+
+    def act(
+        self, state: TD3State, carry: Carry, obs: Float[Array, " obs"], *, key: Key, explore: bool
+    ) -> tuple[Float[Array, " act"], Carry]:
+        """The actor's action, with Gaussian noise when exploring."""
+        obs = standardize(state.moments, obs) if self.normalize_observations else obs
+        action = state.actor(obs)
+        if explore:
+            action = action + self.exploration_noise * jr.normal(key, action.shape)
+        return jnp.clip(action, -1.0, 1.0), carry
+
+    def update(self, state: TD3State, batch: Transition, *, key: Key) -> tuple[TD3State, Metrics]:
+        """One step of the critics; when it is due, one of the actor and the targets."""
+        moments = state.moments
+        if self.normalize_observations:
+            moments = observe(moments, batch.obs)
+            batch = standardize_batch(moments, batch)
+
+        next_action = jax.vmap(lambda obs: state.target_actor(obs))(batch.next_obs)
+        noise = self.target_action_noise * jr.normal(key, next_action.shape)
+        next_q = q_values(
+            state.target_critics,
+            batch.next_obs,
+            smoothed(next_action, noise, self.target_noise_clip),
+        )
+        critics, critic_opt, metrics = gradient_step(
+            critic_loss,
+            state.critics,
+            optax.adam(self.critic_lr),
+            state.critic_opt,
+            batch,
+            bootstrap(batch, jnp.min(next_q, axis=0), self.discount),
+        )
+        updates = state.updates + 1
+        state = replace(
+            state, critics=critics, critic_opt=critic_opt, moments=moments, updates=updates
+        )
+        state = jax.lax.cond(
+            updates % self.policy_delay == 0,
+            lambda state: self._update_actor(state, batch),
+            lambda state: state,
+            state,
+        )
+        metrics["action_saturation"] = saturation(next_action)
+        return state, metrics | {"actor_loss": state.actor_loss}
+
+    def _update_actor(self, state: TD3State, batch: Transition) -> TD3State:
+        """The delayed part of an update: the actor against the new critics, then the targets."""
+        actor, actor_opt, metrics = gradient_step(
+            actor_loss,
+            state.actor,
+            optax.adam(self.actor_lr),
+            state.actor_opt,
+            state.critics,
+            batch.obs,
+        )
+        return replace(
+            state,
+            actor=actor,
+            target_actor=move_target(actor, state.target_actor, self.target_rate),
+            target_critics=move_target(state.critics, state.target_critics, self.target_rate),
+            actor_opt=actor_opt,
+            actor_loss=metrics["actor_loss"],
+        )

@@ -1,0 +1,52 @@
+"""What algorithms in discrete time share about their critics: a stack, its values, its regression.
+
+A stack is one `Critic` whose every leaf has a leading axis "critics".
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float
+
+from qscore.networks import Activation, Critic
+from qscore.types import AnyArray, Key, Metrics, Spec, Transition
+
+
+def stack_critics(
+    count: int,
+    spec: Spec,
+    hidden: Sequence[int],
+    *,
+    activation: Activation = jax.nn.relu,
+    key: Key,
+) -> Critic:
+    """`count` critics, each with fresh parameters of its own, as one stack."""
+    return jax.vmap(
+        lambda key: Critic(spec.obs_size, spec.action_size, hidden, activation=activation, key=key)
+    )(jr.split(key, count))
+
+
+def q_values(
+    critics: Critic, obs: Float[AnyArray, "batch obs"], action: Float[AnyArray, "batch act"]
+) -> Float[Array, "critics batch"]:
+    """Q_i(s, a) of every critic of a stack at every row."""
+    return jax.vmap(lambda critic: jax.vmap(critic)(obs, action))(critics)
+
+
+def bootstrap(
+    batch: Transition, next_value: Float[Array, " batch"], discount: float
+) -> Float[AnyArray, " batch"]:
+    """y = r + gamma (1 - terminated) V(s'), in units of reward; a time limit cuts nothing."""
+    alive = 1.0 - batch.terminated.astype(jnp.float32)
+    return batch.reward + discount * alive * next_value
+
+
+def critic_loss(
+    critics: Critic, batch: Transition, target: Float[AnyArray, " batch"]
+) -> tuple[Float[Array, ""], Metrics]:
+    """sum_i mean (Q_i(s, a) - y)^2 over a stack of critics, y held fixed."""
+    q = q_values(critics, batch.obs, batch.action)
+    loss = jnp.sum(jnp.mean((q - target[None]) ** 2, axis=1))
+    return loss, {"critic_loss": loss, "q": jnp.mean(q), "q_target": jnp.mean(target)}
