@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import jax.random as jr
 import numpy as np
 
 from qscore import CQSM, lq, offline, rollout
+from qscore.closed_form import continuous
 from qscore.environments import LQ
 from qscore.types import Transition
 
@@ -34,7 +36,7 @@ EPISODIC = """{"A": [[-0.2]], "B": [[1.0]], "noise": [{"C": [[0.2]], "D": [[0.1]
  "sigma_a": 0.6, "M": [[1.0, 0.0], [0.0, 0.1]], "score_cost": 0.3, "discount_rate": 0.4,
  "terminal": {"T": 1.0, "H": [[1.0, 0.5], [0.5, 0.6]]}}"""
 FINITE = LQ(id="lq", problem=EPISODIC, dt=0.005, spread=2.0)
-INFINITE = LQ(id="lq", dt=0.01)
+INFINITE = LQ(id="lq", dt=0.01, duration=4.0)
 
 BEHAVIOUR = (np.array([[-0.7, -1.6]]), np.zeros(1))
 TARGET = (np.array([[-1.0, -2.0]]), np.array([0.1]))
@@ -68,23 +70,44 @@ def episodes(environment: LQ, score: offline.Score | None, paths: int, seed: int
     return rollout.record(environment, draw, move, paths=paths, key=jr.key(seed))
 
 
+def at_held_actions(
+    environment: LQ, agent: Any, obs: Any, score: Callable[[Any], Any] | None = None
+) -> Callable[[Any], tuple[Any, Any]]:
+    """An agent's Q and score as functions of the action at one observation, half a step on.
+
+    Actions held over steps are compared with continuous time there, see `closed_form`. `score` is
+    whose Q it is, the agent's own by default. All in the problem's units.
+    """
+    bound = environment.bound
+
+    def held(a):
+        q, psi = ALGORITHM.value_and_score(agent, obs, a / bound)
+        return q, bound * psi
+
+    return lambda a: continuous(
+        lambda a: held(a)[0],
+        score or (lambda a: held(a)[1]),
+        a,
+        score_cost=environment.solved_problem.score_cost,
+        dt=environment.dt,
+    )
+
+
 def gradient_error(environment: LQ, agent: Any, score: Any, times: list[float]) -> float:
     """Relative L2 error of the critic's grad_a Q to that of a linear score, over z ~ N(0, I)."""
-    problem, bound = environment.solved_problem, environment.bound
+    problem, (K, k) = environment.solved_problem, score
     n = problem.state_size
+    gain, offset = jnp.asarray(K, jnp.float32), jnp.asarray(k, jnp.float32)
     z = np.random.default_rng(0).standard_normal((5_000, len(problem.M)))
     apart, size = 0.0, 0.0
     for time in times:
 
         def slope(z, time=time):
-            obs = jnp.append(z[:n], jnp.float32(time))
+            obs, psi = z[:n], lambda a: gain @ jnp.concatenate([z[:n], a]) + offset
+            q = at_held_actions(environment, agent, jnp.append(obs, jnp.float32(time)), psi)
+            return jax.grad(lambda a: q(a)[0])(z[n:])
 
-            def q(a):
-                return ALGORITHM.value_and_score(agent, obs, a / bound)[0]
-
-            return jax.grad(q)(z[n:])
-
-        exact = lq.evaluate(problem, score[0], score[1], time).gradient(z)
+        exact = lq.evaluate(problem, K, k, time).gradient(z)
         found = np.asarray(jax.vmap(slope)(jnp.asarray(z, jnp.float32)))
         apart, size = apart + np.mean((found - exact) ** 2), size + np.mean(exact**2)
     return round(float(np.sqrt(apart / size)), 4)
@@ -92,15 +115,15 @@ def gradient_error(environment: LQ, agent: Any, score: Any, times: list[float]) 
 
 def score_error(environment: LQ, agent: Any) -> float:
     """Relative L2 error of the agent's score to the optimal one, over z ~ N(0, I)."""
-    problem, bound = environment.solved_problem, environment.bound
+    problem = environment.solved_problem
     n = problem.state_size
     z = np.random.default_rng(0).standard_normal((5_000, len(problem.M)))
-
-    def score(z):
-        return bound * ALGORITHM.value_and_score(agent, z[:n], z[n:] / bound)[1]
-
     exact = lq.solve(problem).score(z)
-    found = np.asarray(jax.vmap(score)(jnp.asarray(z, jnp.float32)))
+    found = np.asarray(
+        jax.vmap(lambda z: at_held_actions(environment, agent, z[:n])(z[n:])[1])(
+            jnp.asarray(z, jnp.float32)
+        )
+    )
     return round(float(np.sqrt(np.mean((found - exact) ** 2) / np.mean(exact**2))), 4)
 
 
