@@ -130,6 +130,11 @@ def main() -> None:
     unknown = set(args.only or []) - set(variants)
     if unknown:
         parser.error(f"no variant {sorted(unknown)[0]!r}; there are {', '.join(variants)}")
+    if args.table:
+        if not args.out.is_file():
+            parser.error(f"there is no file {args.out} to print a table of")
+        print(table(json.loads(args.out.read_text())))
+        return
     about = {
         "algorithm": args.algorithm,
         "environment": args.environment,
@@ -142,7 +147,7 @@ def main() -> None:
             parser.error(
                 f"{args.out} holds {key} {results[key]!r}, not {value!r}; name another file"
             )
-    for name in [] if args.table else args.only or variants:
+    for name in args.only or variants:
         for seed in args.seeds:
             if str(seed) in results["variants"].get(name, {}):
                 continue

@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ import jax.random as jr
 import numpy as np
 
 from qscore import CQSM, lq, offline, rollout
-from qscore.closed_form import continuous
+from qscore.closed_form import learned_by
 from qscore.environments import LQ
 from qscore.types import Transition
 
@@ -70,29 +69,6 @@ def episodes(environment: LQ, score: offline.Score | None, paths: int, seed: int
     return rollout.record(environment, draw, move, paths=paths, key=jr.key(seed))
 
 
-def at_held_actions(
-    environment: LQ, agent: Any, obs: Any, score: Callable[[Any], Any] | None = None
-) -> Callable[[Any], tuple[Any, Any]]:
-    """An agent's Q and score as functions of the action at one observation, half a step on.
-
-    Actions held over steps are compared with continuous time there, see `closed_form`. `score` is
-    whose Q it is, the agent's own by default. All in the problem's units.
-    """
-    bound = environment.bound
-
-    def held(a):
-        q, psi = ALGORITHM.value_and_score(agent, obs, a / bound)
-        return q, bound * psi
-
-    return lambda a: continuous(
-        lambda a: held(a)[0],
-        score or (lambda a: held(a)[1]),
-        a,
-        score_cost=environment.solved_problem.score_cost,
-        dt=environment.dt,
-    )
-
-
 def gradient_error(environment: LQ, agent: Any, score: Any, times: list[float]) -> float:
     """Relative L2 error of the critic's grad_a Q to that of a linear score, over z ~ N(0, I)."""
     problem, (K, k) = environment.solved_problem, score
@@ -104,7 +80,7 @@ def gradient_error(environment: LQ, agent: Any, score: Any, times: list[float]) 
 
         def slope(z, time=time):
             obs, psi = z[:n], lambda a: gain @ jnp.concatenate([z[:n], a]) + offset
-            q = at_held_actions(environment, agent, jnp.append(obs, jnp.float32(time)), psi)
+            q = learned_by(ALGORITHM, environment, agent, jnp.append(obs, jnp.float32(time)), psi)
             return jax.grad(lambda a: q(a)[0])(z[n:])
 
         exact = lq.evaluate(problem, K, k, time).gradient(z)
@@ -120,7 +96,7 @@ def score_error(environment: LQ, agent: Any) -> float:
     z = np.random.default_rng(0).standard_normal((5_000, len(problem.M)))
     exact = lq.solve(problem).score(z)
     found = np.asarray(
-        jax.vmap(lambda z: at_held_actions(environment, agent, z[:n])(z[n:])[1])(
+        jax.vmap(lambda z: learned_by(ALGORITHM, environment, agent, z[:n])(z[n:])[1])(
             jnp.asarray(z, jnp.float32)
         )
     )

@@ -71,13 +71,40 @@ def continuous(
     return q(middle) - 0.25 * dt * score_cost * jnp.sum(psi**2), score(middle)
 
 
+def learned_by(
+    algorithm: Any,
+    environment: LQ,
+    agent: State,
+    obs: Float[Array, " obs"],
+    score: Callable[[Float[Array, " act"]], Float[Array, " act"]] | None = None,
+) -> Callable[[Float[Array, " act"]], tuple[Float[Array, ""], Float[Array, " act"]]]:
+    """An agent's Q and score of continuous time at one observation, as functions of the action.
+
+    All but the observation in the problem's units. `score` is whose Q it is: the agent's own by
+    default.
+    """
+    bound = environment.bound
+
+    def held(action):
+        q, psi = algorithm.value_and_score(agent, obs, action / bound)
+        return q, bound * psi
+
+    return lambda action: continuous(
+        lambda a: held(a)[0],
+        score or (lambda a: held(a)[1]),
+        action,
+        score_cost=environment.solved_problem.score_cost,
+        dt=environment.dt,
+    )
+
+
 def compare(algorithm: Any, environment: LQ, agent: State) -> Comparison:
     """Hold an agent against the closed form; in a finite horizon at four times of it.
 
     `algorithm` must have `value_and_score(agent, obs, action) -> (q, score)`, in actions of
     [-1, 1].
     """
-    problem, bound = environment.solved_problem, environment.bound
+    problem = environment.solved_problem
     n, d = problem.state_size, problem.action_size
     horizon = problem.terminal.T if problem.terminal else None
     times = [0.0] if horizon is None else [share * horizon for share in (0.0, 0.25, 0.5, 0.75)]
@@ -90,20 +117,7 @@ def compare(algorithm: Any, environment: LQ, agent: State) -> Comparison:
 
     def learned_at(x, a, time):
         """Q, its gradient and the score, for an action in the problem's units."""
-
-        def held(a):
-            q, score = algorithm.value_and_score(agent, observe(x, time), a / bound)
-            return q, score * bound
-
-        def q_and_score(a):
-            return continuous(
-                lambda a: held(a)[0],
-                lambda a: held(a)[1],
-                a,
-                score_cost=problem.score_cost,
-                dt=environment.dt,
-            )
-
+        q_and_score = learned_by(algorithm, environment, agent, observe(x, time))
         (value, score), gradient = jax.value_and_grad(q_and_score, has_aux=True)(a)
         return {"q": value, "grad_a_q": gradient, "score": score}
 

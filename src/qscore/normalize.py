@@ -42,10 +42,11 @@ def standardize(moments: Moments, x: Float[Array, " size"]) -> Float[Array, " si
     return jnp.clip(unit, -BOUND, BOUND)
 
 
-def standardize_batch(moments: Moments, batch: Transition) -> Transition:
-    """The batch as networks see it: `obs` and `next_obs` by the same moments."""
+def observe_and_standardize(moments: Moments, batch: Transition) -> tuple[Moments, Transition]:
+    """The moments after the batch, and the batch as networks see it: both observations by them."""
+    moments = observe(moments, batch.obs)
     obs, next_obs = (
         jax.vmap(lambda row: standardize(moments, row))(rows)
         for rows in (batch.obs, batch.next_obs)
     )
-    return eqx.tree_at(lambda b: (b.obs, b.next_obs), batch, (obs, next_obs))
+    return moments, eqx.tree_at(lambda b: (b.obs, b.next_obs), batch, (obs, next_obs))

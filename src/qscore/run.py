@@ -295,16 +295,9 @@ class _Loop:
             saturation = metrics.get("action_saturation", 0.0)
             if saturation > SATURATION_WARNING and not self.saturation_warned:
                 self.saturation_warned = True
-                # other algorithms have no such fields to turn
-                remedy = (
-                    "; the score is too large for its scale (a smaller score_scale or a larger "
-                    "temperature would help)"
-                    if hasattr(self.run.algorithm, "score_scale")
-                    else ""
-                )
                 self.bar.warn(
                     f"seed {session.seed}: {saturation:.0%} of the policy's actions lie at their "
-                    f"bounds{remedy}."
+                    "bounds (`action_saturation` in the algorithm's page)."
                 )
 
     def _evaluate(self, pool: ThreadPoolExecutor) -> None:

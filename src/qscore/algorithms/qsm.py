@@ -54,7 +54,7 @@ from qscore.algorithms.base import saturation
 from qscore.config import Range, preset_field, resolve_preset, validate
 from qscore.critics import bootstrap, critic_loss, q_values, stack_critics
 from qscore.networks import Critic, ScoreNetwork, mean_q
-from qscore.normalize import Moments, observe, standardize, standardize_batch
+from qscore.normalize import Moments, observe_and_standardize, standardize
 from qscore.optimize import gradient_step, move_target
 from qscore.types import Carry, Key, Metrics, Spec, Transition
 
@@ -288,8 +288,7 @@ class QSM:
         critic_key, actor_key = jr.split(key)
         moments = state.moments
         if self.normalize_observations:
-            moments = observe(moments, batch.obs)
-            batch = standardize_batch(moments, batch)
+            moments, batch = observe_and_standardize(moments, batch)
         critics, target_critics, critic_opt, critic_metrics = self._update_critics(
             state, batch, key=critic_key
         )

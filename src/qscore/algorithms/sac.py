@@ -36,7 +36,7 @@ from qscore.algorithms.base import saturation
 from qscore.config import Range, validate
 from qscore.critics import bootstrap, critic_loss, q_values, stack_critics
 from qscore.networks import Critic, GaussianActor, tanh_gaussian
-from qscore.normalize import Moments, observe, standardize, standardize_batch
+from qscore.normalize import Moments, observe_and_standardize, standardize
 from qscore.optimize import gradient_step, move_target
 from qscore.types import AnyArray, Carry, Key, Metrics, Spec, Transition
 
@@ -167,8 +167,7 @@ class SAC:
         next_key, actor_key = jr.split(key)
         moments = state.moments
         if self.normalize_observations:
-            moments = observe(moments, batch.obs)
-            batch = standardize_batch(moments, batch)
+            moments, batch = observe_and_standardize(moments, batch)
         temperature = jnp.exp(state.log_temperature)
 
         next_noise = jr.normal(next_key, batch.action.shape)

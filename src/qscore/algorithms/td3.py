@@ -37,7 +37,7 @@ from qscore.algorithms.base import saturation
 from qscore.config import Range, validate
 from qscore.critics import bootstrap, critic_loss, q_values, stack_critics
 from qscore.networks import Critic, DeterministicActor
-from qscore.normalize import Moments, observe, standardize, standardize_batch
+from qscore.normalize import Moments, observe_and_standardize, standardize
 from qscore.optimize import gradient_step, move_target
 from qscore.types import AnyArray, Carry, Key, Metrics, Spec, Transition
 
@@ -147,8 +147,7 @@ class TD3:
         """One step of the critics; when it is due, one of the actor and the targets."""
         moments = state.moments
         if self.normalize_observations:
-            moments = observe(moments, batch.obs)
-            batch = standardize_batch(moments, batch)
+            moments, batch = observe_and_standardize(moments, batch)
 
         next_action = jax.vmap(lambda obs: state.target_actor(obs))(batch.next_obs)
         noise = self.target_action_noise * jr.normal(key, next_action.shape)
