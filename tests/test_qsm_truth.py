@@ -27,7 +27,7 @@ from helpers import (
 from scipy import stats
 
 from qscore import QSM, Spec
-from qscore.algorithms.qsm import score_loss
+from qscore.denoiser import score_loss
 from qscore.networks import ScoreNetwork
 from qscore.optimize import gradient_step
 
@@ -78,7 +78,7 @@ def actor_batch(algorithm, critics, batch, *, scale=0.0, updates=0, key):
 
 def marginal(algorithm, level):
     """alpha and sigma of each row's level, as columns."""
-    schedule = algorithm.noise_schedule()
+    schedule = algorithm.chain.tables
     level = np.asarray(level)
     return wide(schedule.alpha)[level][:, None], wide(schedule.sigma)[level][:, None]
 
@@ -304,7 +304,7 @@ def actor_trainer(levels, steps, rows):
         (actor, _), _ = jax.lax.scan(step, carry, jr.split(loop_key, steps))
 
         def sample(obs, key):
-            return algorithm.sample(actor, obs, key=key, noise_scale=1.0)
+            return algorithm.chain.sample(actor, obs, key=key, noise_scale=1.0)
 
         obs, keys = jnp.array([[-1.0], [1.0]]), jr.split(sample_key, (2, DRAWS))
         return jax.vmap(jax.vmap(sample, (None, 0)))(obs, keys)[..., 0]
@@ -400,7 +400,7 @@ def test_critics_learn_from_the_target_critics_at_the_policys_next_action(pessim
     online, target = unstack(state.critics), unstack(state.target_critics)
 
     def expected(actor, critics, alive, pessimism=pessimism):
-        next_action = numpy_chain(algorithm.noise_schedule(), wide(actor), next_obs)
+        next_action = numpy_chain(algorithm.chain.tables, wide(actor), next_obs)
         a, b = (numpy_q(critic, next_obs, next_action) for critic in critics)
         next_q = (a + b) / 2 - pessimism * np.abs(a - b) / 2
         return wide(batch.reward) + 0.9 * alive * next_q
@@ -578,7 +578,7 @@ def sample_flops(levels):
     keys = jax.eval_shape(lambda: jr.split(jr.key(0), MANY))
 
     def sample(actor, obs, keys):
-        return jax.vmap(lambda obs, key: algorithm.sample(actor, obs, key=key))(obs, keys)
+        return jax.vmap(lambda obs, key: algorithm.chain.sample(actor, obs, key=key))(obs, keys)
 
     return matmul_flops(sample, state.actor, batch.obs, keys)
 

@@ -7,6 +7,7 @@ from qscore.algorithms import QSM as QSM
 from qscore.algorithms import SAC as SAC
 from qscore.algorithms import TD3 as TD3
 from qscore.algorithms import Algorithm as Algorithm
+from qscore.algorithms import DiffusionQL as DiffusionQL
 from qscore.environments import ENVIRONMENTS as ENVIRONMENTS
 from qscore.environments import EnvironmentFailure as EnvironmentFailure
 from qscore.environments import Host as Host

@@ -46,7 +46,8 @@ def measure(algorithm_name: str, environment_name: str) -> dict[str, Any]:
     loop = _median_seconds(lambda: session.advance(capacity), REPEATS) / train_host.CHUNK
 
     policy = train_host.exploration_policy(algorithm, spec, 1)
-    read, key, obs = policy.read(session.runner.agent), jr.key(0), session.collector.obs.copy()
+    obs = np.asarray(session.runner.replay.data.obs[:1])
+    read, key = policy.read(session.runner.agent), jr.key(0)
     carry = policy.init_carry()
 
     def act() -> None:

@@ -54,6 +54,15 @@ class Eval:
     """Also act with the best of N sampled actions by the critic, in [1, inf); reported beside."""
     video: Path | None = None
     """Film the first seed's first episode into this .mp4 or .gif file."""
+    record: Path | None = None
+    """Write the episodes to this .npz file, a data set for `qscore train --dataset`."""
+    random_share: float = 0.0
+    """Of a recording: the share of episodes with uniformly random actions, in [0, 1]."""
+    noise: float = 0.0
+    """Of a recording: standard deviation of Gaussian noise on the other episodes' actions, in [0,
+    inf), in half action ranges."""
+    explore: bool = False
+    """Of a recording: act as in training, with exploration."""
     json: bool = False
     """Print one JSON value on stdout."""
 
@@ -202,6 +211,8 @@ def _train(args: list[str]) -> None:
         raise UsageError(unknown("algorithm", name, list(ALGORITHMS)))
     kind, environment = ALGORITHMS[name], environment_class(task)
     preset = getattr(environment, "recommended", {}).get(name)
+    if any(arg.split("=")[0] == "--dataset" for arg in rest) and "offline" in _presets(kind):
+        preset = "offline"
     default = kind(**_preset(kind, rest, preset))
     steps = getattr(environment, "default_steps", Settings.steps)
     rest = _inline_problem(rest)
@@ -246,11 +257,16 @@ def _preset(kind: type, args: list[str], usual: str | None) -> dict[str, str]:
 
     One that does not exist is left for the parser to refuse.
     """
-    known = get_args(get_type_hints(kind).get("preset"))
+    known = _presets(kind)
     words = " ".join(args).replace("=", " ").split()
     asked = [b for a, b in itertools.pairwise(words) if a == "--algorithm.preset" and b in known]
     asked = asked or ([usual] if usual else [])
     return {"preset": asked[-1]} if asked else {}
+
+
+def _presets(kind: type) -> tuple[str, ...]:
+    """The names of an algorithm's presets; none where it has none."""
+    return get_args(get_type_hints(kind).get("preset"))
 
 
 def _conclude(done: Run) -> None:
@@ -288,6 +304,10 @@ def _eval(asked: Eval) -> None:
         seed=asked.seed,
         best_of=asked.best_of,
         video=asked.video,
+        record=asked.record,
+        random_share=asked.random_share,
+        noise=asked.noise,
+        explore=asked.explore,
     )
     if asked.json:
         print(json.dumps(result))
@@ -300,8 +320,12 @@ def _eval(asked: Eval) -> None:
     if "returns_best_of" in result:
         best = result["returns_best_of"]
         print(f"best of {result['best_of']:<12}mean {sum(best) / len(best):.1f}")
+    for name, score in result.get("normalized", {}).items():
+        print(f"{'normalised, ' + name:<20}{score:.1f}")
     if asked.video:
         print(f"video               {asked.video}")
+    if asked.record:
+        print(f"recorded            {result['recorded']['steps']} steps in {asked.record}")
 
 
 def _list(asked: List) -> None:

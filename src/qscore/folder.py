@@ -27,7 +27,13 @@ class Settings:
     """How long a run is, and what it records. Steps are environment steps of each seed."""
 
     steps: Annotated[int, Range(1)] = 100_000
-    """Environment steps of each seed, in [1, inf)."""
+    """Environment steps of each seed, in [1, inf); gradient steps where a data set is given."""
+    dataset: str | None = None
+    """Recorded episodes to learn from instead of the environment: a recording (.npz), a D4RL-style
+    file (.hdf5), a Minari folder or id. The environment is then for evaluation."""
+    online_steps: Annotated[int, Range(0)] = 0
+    """Environment steps that follow after `steps` on a data set, which stays in the replay, in
+    [0, inf)."""
     seeds: Annotated[int, Range(1, 1000)] = 1
     """Independent seeds trained side by side, in [1, 1000]."""
     seed_start: Annotated[int, Range(0)] = 0
@@ -45,6 +51,18 @@ class Settings:
 
     def __post_init__(self):
         validate(self)
+        if self.online_steps and self.dataset is None:
+            raise ValueError("`online_steps` follow after training on a `dataset`; none is given.")
+
+    @property
+    def offline_steps(self) -> int:
+        """Steps of each seed that are gradient steps on a data set."""
+        return 0 if self.dataset is None else self.steps
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of each seed in all: gradient steps on a data set, then environment steps."""
+        return self.steps + self.online_steps
 
     @property
     def seed_list(self) -> list[int]:

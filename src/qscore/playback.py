@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qscore import checkpoint, train_host
+from qscore import checkpoint, datasets, train_host
+from qscore.algorithms import algorithm_name
 from qscore.environments import EnvironmentFailure
+from qscore.environments.base import Episodic, Step
 from qscore.errors import RunStopped, UsageError
 from qscore.folder import Run, Settings, as_usage_error, environment_name
 from qscore.statistics import summarize
-from qscore.train_host import Policy, evaluation_policy, with_best_of
-from qscore.types import Carry, Key, Spec
+from qscore.train_host import Observer, Policy, evaluation_policy, exploration_policy, with_best_of
+from qscore.types import Carry, Key, Spec, Transition
 
 MAX_FRAME_RATE = 50
 """Frames per second of a video at most."""
@@ -66,11 +68,20 @@ def evaluate(
     seed: int = 0,
     best_of: int = 1,
     video: str | os.PathLike | None = None,
+    record: str | os.PathLike | None = None,
+    random_share: float = 0.0,
+    noise: float = 0.0,
+    explore: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate every seed of a run at its newest intact checkpoint, and film one episode.
+    """Evaluate every seed of a run at its newest intact checkpoint; film one episode, record all.
 
     `returns` and `lengths` list `episodes` episodes per trained seed, in the order of `seeds`;
     the episodes' starts come from `seed`. The result is that of `qscore eval --json`.
+
+    `record` names a data set (.npz) to write the episodes to. The last three arguments belong to
+    it: a share of the episodes, in [0, 1], with uniformly random actions in place of the policy's;
+    the standard deviation of Gaussian noise on the other episodes' actions, in [0, inf), in half
+    action ranges; and whether the policy explores. The returns are then those of the recording.
     """
     run = Run.open(folder)
     if episodes < 1:
@@ -79,6 +90,9 @@ def evaluate(
         raise UsageError(f"`seed` must be at least 0, got {seed}.")
     if video is not None and Path(video).suffix not in (".mp4", ".gif"):
         raise UsageError(f"`video` must end in .mp4 or .gif, got {str(video)!r}.")
+    if record is None and (random_share, noise, explore) != (0.0, 0.0, False):
+        raise UsageError("`random_share`, `noise` and `explore` shape a recording: give `record`.")
+    recorder = None if record is None else _recorder(Path(record), random_share, noise, best_of)
     if best_of != 1:  # refused before anything is opened
         as_usage_error(lambda: with_best_of(run.algorithm, best_of))
     task = as_usage_error(run.environment.open)
@@ -89,11 +103,20 @@ def evaluate(
     agents = _load_agents(run, task.spec, seeds)
 
     def play(best_of: int) -> tuple[list[list[float]], list[list[int]]]:
-        policy = evaluation_policy(run.algorithm, task.spec, best_of=best_of)
-        results = [
-            train_host.evaluate(policy, agents[s], tasks, episodes=episodes, seed=seed)
-            for s in seeds
-        ]
+        policy = (
+            exploration_policy(run.algorithm, task.spec, train_host.EVAL_ROWS)
+            if explore
+            else evaluation_policy(run.algorithm, task.spec, best_of=best_of)
+        )
+        results = []
+        for s in seeds:
+            if recorder is not None:
+                recorder.begin_policy(s)
+            results.append(
+                train_host.evaluate(
+                    policy, agents[s], tasks, episodes=episodes, seed=seed, observer=recorder
+                )
+            )
         return [returns for returns, _ in results], [lengths for _, lengths in results]
 
     try:
@@ -114,6 +137,32 @@ def evaluate(
     if best_of != 1:
         result["best_of"] = best_of
         result["returns_best_of"] = [value for returns in best for value in returns]
+    if names := datasets.references(environment_name(run.environment)):
+        result["normalized"] = {
+            name: datasets.normalized(result["mean"], reference)
+            for name, reference in names.items()
+        }
+    if recorder is not None:
+        low, high = task.action_bounds
+        about = {
+            "environment": environment_name(run.environment),
+            "action_low": low.tolist(),
+            "action_high": high.tolist(),
+            "made_by": {
+                "algorithm": algorithm_name(run.algorithm),
+                "seeds": seeds,
+                "episode_starts": seed,
+                "random_share": random_share,
+                "noise": noise,
+                "explore": explore,
+            },
+        }
+        rows, truncated = recorder.rows()
+        try:
+            datasets.save(recorder.path, rows, truncated, about)
+        except OSError as error:
+            raise UsageError(f"cannot write to `record`, {recorder.path}: {error}.") from error
+        result["recorded"] = {"dataset": str(recorder.path), "steps": len(truncated)}
     for each in tasks:
         each.close()
     if video is not None:
@@ -143,14 +192,116 @@ def _load_agents(run: Run, spec: Spec, seeds: list[int]) -> dict[int, Any]:
         raise UsageError(str(error)) from error
 
 
+class Recorder(Observer):
+    """Keeps every step of an evaluation, and disturbs it as asked."""
+
+    def __init__(self, path: Path, random_share: float, noise: float):
+        self.path, self.random_share, self.noise = path, random_share, noise
+        self._seed = 0
+        self._draws: dict[int, np.random.Generator] = {}  # of the running episodes
+        self._steps: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray, Step]]] = {}
+
+    def begin_policy(self, seed: int) -> None:
+        """What follows is played by the policy of another trained seed."""
+        self._seed = seed
+
+    def began(self, episode: int, task: Episodic) -> None:
+        """An empty list of steps."""
+        self._draws[episode] = np.random.default_rng([self._seed, episode])
+        self._steps[self._seed, episode] = []
+
+    def disturb(self, episode: int, action: np.ndarray) -> np.ndarray:
+        """The policy's action, with noise, or in a random episode a uniform one."""
+        draws = self._draws[episode]
+        # spread evenly, so that any number of episodes has its share
+        if int((episode + 1) * self.random_share) > int(episode * self.random_share):
+            return draws.uniform(-1.0, 1.0, action.shape).astype(np.float32)
+        if self.noise == 0.0:
+            return action
+        noisy = action + self.noise * draws.standard_normal(action.shape)
+        return np.clip(noisy, -1.0, 1.0).astype(np.float32)
+
+    def stepped(
+        self, episode: int, task: Episodic, obs: np.ndarray, action: np.ndarray, step: Step
+    ) -> None:
+        """One more row."""
+        self._steps[self._seed, episode].append((obs, np.array(action), step))
+
+    def rows(self) -> tuple[Transition, np.ndarray]:
+        """Everything recorded, episode after episode, and which rows a time limit cut."""
+        obs, action, reward, next_obs, terminated, truncated, time, dt = (
+            [],
+            [],
+            [],
+            [],
+            [],
+            [],
+            [],
+            [],
+        )
+        for key in sorted(self._steps):
+            clock = 0.0
+            for seen, done, step in self._steps[key]:
+                obs.append(seen)
+                action.append(done)
+                reward.append(step.reward)
+                next_obs.append(step.next_obs)
+                terminated.append(step.terminated)
+                truncated.append(step.truncated)
+                time.append(clock)
+                dt.append(step.dt)
+                clock += step.dt
+        numbers = (np.asarray(column, np.float32) for column in (reward, time, dt))
+        reward, time, dt = numbers
+        rows = Transition(
+            np.stack(obs),
+            np.stack(action),
+            reward,
+            np.stack(next_obs),
+            np.array(terminated),
+            time,
+            dt,
+        )
+        return rows, np.array(truncated)
+
+
+def _recorder(path: Path, random_share: float, noise: float, best_of: int) -> Recorder:
+    if path.suffix != ".npz":
+        raise UsageError(f"`record` must end in .npz, got {str(path)!r}.")
+    if path.exists():
+        raise UsageError(f"`record` is {path}, which exists.")
+    if not 0.0 <= random_share <= 1.0:
+        raise UsageError(f"`random_share` must lie in [0, 1], got {random_share}.")
+    if not 0.0 <= noise < math.inf:
+        raise UsageError(f"`noise` must lie in [0, inf), got {noise}.")
+    if best_of != 1:
+        raise UsageError(f"`best_of` is {best_of}; a recording is of the policy itself, with 1.")
+    return Recorder(path, random_share, noise)
+
+
+class Camera(Observer):
+    """Films every step of an evaluation."""
+
+    def __init__(self):
+        self.frames: list[Any] = []
+
+    def began(self, episode: int, task: Episodic) -> None:
+        """The first frame."""
+        self.frames.append(task.render())
+
+    def stepped(
+        self, episode: int, task: Episodic, obs: np.ndarray, action: np.ndarray, step: Step
+    ) -> None:
+        """One more frame."""
+        self.frames.append(task.render())
+
+
 def _film(run: Run, policy: Policy, agent: Any, seed: int, path: Path) -> None:
     """One evaluation episode as an mp4 or gif, at the environment's own speed."""
     task = as_usage_error(lambda: run.environment.open(render=True))
-    frames: list[Any] = []
+    camera = Camera()
     try:
-        train_host.evaluate(
-            policy, agent, [task], episodes=1, seed=seed, watch=lambda t: frames.append(t.render())
-        )
+        train_host.evaluate(policy, agent, [task], episodes=1, seed=seed, observer=camera)
     except EnvironmentFailure as error:
         raise UsageError(
             f"cannot film {environment_name(run.environment)}: {error} Rendering MuJoCo without a "
@@ -166,4 +317,4 @@ def _film(run: Run, policy: Policy, agent: Any, seed: int, path: Path) -> None:
         kwargs = {"duration": 1000 * keep / rate, "loop": 0}
     with warnings.catch_warnings():  # JAX's of the fork that starts ffmpeg: the child runs no JAX
         warnings.simplefilter("ignore", RuntimeWarning)
-        imageio.mimwrite(path, frames[::keep], **kwargs)  # pyright: ignore[reportCallIssue]
+        imageio.mimwrite(path, camera.frames[::keep], **kwargs)  # pyright: ignore[reportCallIssue]

@@ -16,6 +16,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from qscore import replay
 from qscore.algorithms.base import Algorithm
 from qscore.environments.base import EnvironmentFailure
 from qscore.environments.sde import SDEEnvironment, SDEState
@@ -173,6 +174,10 @@ class DeviceCollector:
                 "actions taken."
             )
         return block
+
+    def empty_block(self) -> Transition:
+        """`chunk` rows of zeros."""
+        return replay.empty_rows(self.spec, self.chunk)
 
     def flush(self) -> list[float]:
         """The mean return of the episodes that ended since the last call, if any did."""

@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from qscore import checkpoint
+from qscore import checkpoint, datasets
 from qscore.algorithms import algorithm_name
 from qscore.algorithms.base import Algorithm
 from qscore.closed_form import compare
+from qscore.datasets import Dataset
 from qscore.environments import LQ, Environment, EnvironmentFailure, environment_class
 from qscore.environments.sde import SDEEnvironment
 from qscore.errors import Interrupted, RunStopped, TrainingDiverged, UsageError
@@ -60,9 +61,13 @@ def train(
     eval_episodes: int = Settings.eval_episodes,
     log_every: int | None = Settings.log_every,
     keep_checkpoints: int = Settings.keep_checkpoints,
+    dataset: str | os.PathLike | None = Settings.dataset,
+    online_steps: int = Settings.online_steps,
     progress: bool = True,
 ) -> Run:
     """Train `seeds` independent seeds for `steps` environment steps each, into the folder `out`.
+
+    With a `dataset`, for `steps` gradient steps on it and then `online_steps` in the environment.
 
     The same as `qscore train`; see `Settings` for the arguments. Raises `UsageError` for a request
     that cannot be carried out, before anything is written, and `RunStopped` for a run that ends
@@ -75,13 +80,21 @@ def train(
     )
     settings = as_usage_error(
         lambda: Settings(
-            steps, seeds, seed_start, eval_every, eval_episodes, log_every, keep_checkpoints
+            steps=steps,
+            dataset=None if dataset is None else _absolute(dataset),
+            online_steps=online_steps,
+            seeds=seeds,
+            seed_start=seed_start,
+            eval_every=eval_every,
+            eval_episodes=eval_episodes,
+            log_every=log_every,
+            keep_checkpoints=keep_checkpoints,
         )
     )
     rows = task.num_envs
     settings = _fill(settings, task)
     _check_multiples(settings, rows)
-    if algorithm.warmup_steps >= steps and progress:
+    if algorithm.warmup_steps >= steps and dataset is None and progress:
         print(
             f"warning: nothing will be learned: all {steps} steps are random warm-up "
             f"(`algorithm.warmup_steps` is {algorithm.warmup_steps}).",
@@ -94,14 +107,15 @@ def train(
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"`out` is {folder}, which exists and is not an empty folder.")
-    as_usage_error(task.open).close()  # what is wrong with it is said before anything is written
+    # what is wrong with the task or the data is said before anything is written
+    data = _load_data(settings, algorithm, task)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         run = Run(folder, algorithm, task, settings, installed_versions())
         run.save_config()
     except OSError as error:
         raise UsageError(f"cannot write to `out`, {folder}: {error}.") from error
-    _Loop(run, progress=progress).go()
+    _Loop(run, data, progress=progress).go()
     return run
 
 
@@ -115,7 +129,11 @@ def resume(folder: str | os.PathLike, *, steps: int | None = None, progress: boo
         done = (checkpoint.steps(run.checkpoints) or [0])[-1]
         if steps < done:
             raise UsageError(f"`steps` is {steps}, but the run has already done {done}.")
-        settings = as_usage_error(lambda: dataclasses.replace(run.settings, steps=steps))
+        offline = run.settings.offline_steps if run.settings.online_steps else 0
+        if steps < offline:
+            raise UsageError(f"`steps` is {steps}, but {offline} of them are on the data set.")
+        changed = {"online_steps": steps - offline} if offline else {"steps": steps}
+        settings = as_usage_error(lambda: dataclasses.replace(run.settings, **changed))
         _check_multiples(settings, run.environment.num_envs)
         run = dataclasses.replace(run, settings=settings)
     differing = [
@@ -123,8 +141,8 @@ def resume(folder: str | os.PathLike, *, steps: int | None = None, progress: boo
         for name, old in run.versions.items()
         if installed_versions().get(name) != old
     ]
-    as_usage_error(run.environment.open).close()
-    loop = _Loop(run, progress=progress)
+    data = _load_data(run.settings, run.algorithm, run.environment)
+    loop = _Loop(run, data, progress=progress)
     if differing:
         loop.bar.warn(f"versions differ, numbers may too: {', '.join(differing)}")
     try:
@@ -142,7 +160,7 @@ def _fill(settings: Settings, task: Environment) -> Settings:
     ours = isinstance(task, SDEEnvironment)
     unit = chunk_steps(task) if ours else task.num_envs
     if settings.eval_every is None:
-        twentieth = max(1, settings.steps // (20 * unit)) * unit
+        twentieth = max(1, settings.total_steps // (20 * unit)) * unit
         settings = dataclasses.replace(settings, eval_every=twentieth)
     if settings.log_every is None:
         log_every = unit if ours else -(-LOG_EVERY // unit) * unit
@@ -150,9 +168,34 @@ def _fill(settings: Settings, task: Environment) -> Settings:
     return settings
 
 
+def _absolute(dataset: str | os.PathLike) -> str:
+    """The full path of a file or folder, so that any place can resume the run; an id as it is."""
+    path = Path(dataset)
+    return str(path.resolve() if path.exists() else dataset)
+
+
+def _load_data(
+    settings: Settings, algorithm: Algorithm, environment: Environment
+) -> Dataset | None:
+    """The data set of a run. Opens the environment once: what is wrong with either is said here."""
+    task = as_usage_error(environment.open)
+    try:
+        if settings.dataset is None:
+            return None
+        data = datasets.load(settings.dataset, task)
+    finally:
+        task.close()
+    if len(data) > algorithm.replay_capacity:
+        raise UsageError(
+            f"{settings.dataset} has {len(data)} transitions, more than "
+            f"`algorithm.replay_capacity`, {algorithm.replay_capacity}."
+        )
+    return data
+
+
 def _check_multiples(settings: Settings, rows: int) -> None:
     """Steps are counted in whole steps of all the environments together."""
-    for name in ("steps", "eval_every", "log_every"):
+    for name in ("steps", "online_steps", "eval_every", "log_every"):
         if getattr(settings, name) % rows:
             raise UsageError(
                 f"`{name}` must be a multiple of `environment.num_envs`, {rows}; "
@@ -163,8 +206,8 @@ def _check_multiples(settings: Settings, rows: int) -> None:
 class _Loop:
     """The loop of one run over all its seeds, one thread each."""
 
-    def __init__(self, run: Run, *, progress: bool):
-        self.run, settings = run, run.settings
+    def __init__(self, run: Run, data: Dataset | None, *, progress: bool):
+        self.run, self.data, settings = run, data, run.settings
         self.env_steps = 0
         self.seconds = 0.0  # of training, over every sitting
         self.log: RunLog | None = None
@@ -176,15 +219,17 @@ class _Loop:
                     run.algorithm,
                     run.environment,
                     seed,
-                    steps=settings.steps,
+                    steps=settings.total_steps,
                     eval_episodes=settings.eval_episodes,
+                    data=None if data is None else data.rows,
+                    offline_steps=settings.offline_steps,
                 )
                 for seed in settings.seed_list
             ]
         except EnvironmentFailure as error:
             raise RunStopped(f"the environment failed before training began: {error}") from error
         label = f"{algorithm_name(run.algorithm)} on {environment_name(run.environment)}"
-        self.bar = ProgressBar(label, settings.steps, enabled=progress)
+        self.bar = ProgressBar(label, settings.total_steps, enabled=progress)
 
     def restore(self) -> None:
         """Go back to the newest intact checkpoint; to the start where there is none."""
@@ -195,6 +240,11 @@ class _Loop:
                 raise RunStopped(f"no checkpoint in {folder} is intact; the run cannot be resumed.")
             return
         path, header = found
+        if self.data is not None and header["dataset"] != self.data.sha256:
+            raise UsageError(
+                f"{self.run.settings.dataset} does not hold what this run began with; it cannot be "
+                "resumed on other data."
+            )
         self.env_steps, self.seconds = header["env_steps"], header["seconds"]
         for session in self.sessions:
             try:
@@ -243,15 +293,15 @@ class _Loop:
         if self.log is None:
             self.log = RunLog(self.run.folder)
             self._checkpoint()
-        if self.env_steps < settings.steps:
+        if self.env_steps < settings.total_steps:
             (self.run.folder / "summary.json").unlink(missing_ok=True)  # of a shorter run
         elif self.env_steps % eval_every:  # an interrupt's checkpoint is now the end
             self._evaluate(pool)
             self._checkpoint()
         clock = time.perf_counter()
-        while self.env_steps < settings.steps:
+        while self.env_steps < settings.total_steps:
             milestones = (log_every, eval_every)
-            until = min(settings.steps, *((self.env_steps // n + 1) * n for n in milestones))
+            until = min(settings.total_steps, *((self.env_steps // n + 1) * n for n in milestones))
             list(pool.map(lambda session: session.advance(until), self.sessions))
             done = self.sessions[0].env_steps
             clock, taken = time.perf_counter(), time.perf_counter() - clock
@@ -259,7 +309,7 @@ class _Loop:
             self.bar.update(done, (done - self.env_steps) * len(self.sessions) / taken)
             self.env_steps = done
 
-            finished = done == settings.steps
+            finished = done == settings.total_steps
             if done % log_every == 0 or finished:
                 self._log_metrics()
             if done % eval_every == 0 or finished:
@@ -270,7 +320,7 @@ class _Loop:
             self.seconds += taken
             if interrupted() and not finished:
                 raise Interrupted(
-                    f"interrupted at {done} of {settings.steps} steps, checkpoint written; "
+                    f"interrupted at {done} of {settings.total_steps} steps, checkpoint written; "
                     f"continue with: qscore resume {self.run.folder}"
                 )
 
@@ -287,7 +337,7 @@ class _Loop:
                     **metrics,
                 }
             )
-            if self.env_steps == self.run.settings.steps and (why := inadmissible(metrics)):
+            if self.env_steps == self.run.settings.total_steps and (why := inadmissible(metrics)):
                 self.bar.warn(
                     f"seed {session.seed} did not find a score with a finite value{why}. Longer "
                     "training, shorter episodes or a higher discount rate would help."
@@ -316,7 +366,7 @@ class _Loop:
         self.bar.note("return " + " ".join(f"{np.mean(returns):.0f}" for returns, _ in results))
         if (
             time.monotonic() - self.plotted > PLOT_SECONDS
-            or self.env_steps == self.run.settings.steps
+            or self.env_steps == self.run.settings.total_steps
         ):
             plot_run(self.run)
             self.plotted = time.monotonic()
@@ -327,6 +377,7 @@ class _Loop:
         header = {
             "seconds": self.seconds,
             "offsets": self.log.offsets(),
+            "dataset": None if self.data is None else self.data.sha256,
             "seeds": {str(seed): counters for seed, (counters, _) in snapshots.items()},
         }
         checkpoint.save(
@@ -358,6 +409,18 @@ class _Loop:
             "env_steps_per_second": self.env_steps * seeds / self.seconds,
             "updates_per_second": sum(session.updates for session in self.sessions) / self.seconds,
         }
+        if self.data is not None:
+            summary["dataset"] = {
+                "source": self.data.source,
+                "steps": len(self.data),
+                "episodes": len(self.data.episodes),
+                "mean_return": float(np.mean(self.data.returns)),
+            }
+        if names := datasets.references(summary["environment"]):
+            summary["normalized"] = {
+                name: [datasets.normalized(value, reference) for value in summary["final_returns"]]
+                for name, reference in names.items()
+            }
         environment, algorithm = self.run.environment, self.run.algorithm
         if isinstance(environment, LQ) and hasattr(algorithm, "value_and_score"):
             comparisons = {

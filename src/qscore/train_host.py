@@ -4,7 +4,6 @@ No disk, clock or terminal here: `run` drives a `Session` per seed and does the 
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -15,11 +14,14 @@ import numpy as np
 
 from qscore import replay
 from qscore.algorithms.base import Algorithm
-from qscore.environments.base import Environment, Episodic
+from qscore.environments.base import Environment, Episodic, Step
 from qscore.environments.sde import SDEEnvironment, SDETask
 from qscore.rollout import CHUNK_STEPS, DeviceCollector, evaluate_on_device
 from qscore.train import Runner, init_runner, train_chunk
 from qscore.types import Key, Spec, State, Transition
+
+OFFLINE_CHUNK = 500
+"""Updates on a data set between two looks at whether the numbers are finite."""
 
 CHUNK = 50
 """Environment steps collected under one policy before its updates are taken."""
@@ -147,6 +149,22 @@ def episode_seed(*stream: int) -> int:
     return int(np.random.SeedSequence(stream).generate_state(1)[0] >> 1)
 
 
+class Observer:
+    """What may look on at an evaluation, or disturb it: does nothing until overridden."""
+
+    def began(self, episode: int, task: Episodic) -> None:
+        """An episode has begun in `task`."""
+
+    def disturb(self, episode: int, action: np.ndarray) -> np.ndarray:
+        """The action to take in place of the policy's; in [-1, 1] both."""
+        return action
+
+    def stepped(
+        self, episode: int, task: Episodic, obs: np.ndarray, action: np.ndarray, step: Step
+    ) -> None:
+        """`action` at `obs` led to `step`."""
+
+
 def evaluate(
     policy: Policy,
     agent: State,
@@ -154,16 +172,15 @@ def evaluate(
     *,
     episodes: int,
     seed: int,
-    watch: Callable[[Episodic], None] | None = None,
+    observer: Observer | None = None,
 ) -> tuple[list[float], list[int]]:
     """Returns (undiscounted) and lengths of `episodes` episodes: the only evaluation there is.
 
     Episode i begins from the environment seed that belongs to (`seed`, i). `tasks` are up to
-    `policy.rows` open copies. `watch` is called with the first copy after each observation of
-    episode 0.
+    `policy.rows` open copies.
     """
     tasks = tasks[: policy.rows]
-    if watch is None and isinstance(tasks[0], SDETask):
+    if observer is None and isinstance(tasks[0], SDETask):
         return evaluate_on_device(
             policy.algorithm,
             tasks[0].environment,
@@ -171,6 +188,7 @@ def evaluate(
             [episode_seed(1, seed, episode) for episode in range(episodes)],
             key=jr.key(seed),
         )
+    observer = observer or Observer()
     read, key = policy.read(agent), jr.key(seed)
     obs = np.zeros((policy.rows, policy.spec.obs_size), np.float32)
     carry = fresh = policy.init_carry()
@@ -186,8 +204,7 @@ def evaluate(
             obs[slot] = tasks[slot].reset(episode_seed(1, seed, episode))
             carry = _reset_rows(carry, fresh, slot)
             running[slot] = episode
-            if watch and episode == 0:
-                watch(tasks[slot])
+            observer.began(episode, tasks[slot])
 
     for slot in range(len(tasks)):
         begin(slot)
@@ -195,12 +212,12 @@ def evaluate(
     while running:
         actions, carry = policy(read, carry, obs.copy(), key, step)
         for slot, episode in list(running.items()):
-            result = tasks[slot].step(actions[slot])
+            action = observer.disturb(episode, actions[slot])
+            result = tasks[slot].step(action)
+            observer.stepped(episode, tasks[slot], obs[slot].copy(), action, result)
             obs[slot] = result.next_obs
             returns[episode] += result.reward
             lengths[episode] += 1
-            if watch and episode == 0:
-                watch(tasks[slot])
             if result.terminated or result.truncated:
                 begin(slot)
         step += 1
@@ -349,6 +366,7 @@ class Collector(Protocol):
     chunk: int
 
     def collect(self, agent: State, env_steps: int, count: int) -> Transition: ...
+    def empty_block(self) -> Transition: ...
     def flush(self) -> list[float]: ...
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]: ...
     def restore(self, counters: dict[str, Any], arrays: dict[str, Any]) -> bool: ...
@@ -366,11 +384,14 @@ class Session:
         *,
         steps: int,
         eval_episodes: int,
+        data: Transition | None = None,
+        offline_steps: int = 0,
     ):
         self.algorithm, self.seed, self.eval_episodes = algorithm, seed, eval_episodes
+        self.offline_steps = offline_steps
         init_key, act_key, self._update_key = jr.split(jr.key(seed), 3)
         # everything is compiled here, by one thread, before the seeds' threads start
-        self.collector: Any = (
+        self.collector: Collector = (
             DeviceCollector(algorithm, environment, act_key)
             if isinstance(environment, SDEEnvironment)
             else HostCollector(algorithm, environment, seed, act_key)
@@ -378,11 +399,21 @@ class Session:
         self.eval_tasks = [environment.open() for _ in range(min(eval_episodes, EVAL_ROWS))]
         self.spec = self.collector.spec
         self.chunk = self.collector.chunk
-        # never below a chunk, so that no chunk overwrites itself
-        self.capacity = max(min(algorithm.replay_capacity, steps), self.chunk)
+        self.recorded = 0 if data is None else len(data.reward)
+        # never below a chunk, so that no chunk overwrites itself; recorded rows are all kept
+        rows = min(algorithm.replay_capacity, steps) if data is None else steps - offline_steps
+        self.capacity = self.recorded + max(rows, self.chunk)
         self._evaluation = evaluation_policy(algorithm, self.spec)
         self._chunk = compiled_chunk(algorithm, self.spec, self.capacity, self.chunk)
         self.runner = init_runner(algorithm, self.spec, self.capacity, key=init_key)
+        if data is not None:
+            rows = jax.tree.map(
+                lambda new, empty: empty.at[: self.recorded].set(new),
+                data,
+                self.runner.replay.data,
+            )
+            filled = replay.Replay(rows, jnp.array(self.recorded, jnp.int32))
+            self.runner = Runner(self.runner.agent, filled, self.runner.updates)
         self.env_steps = 0
         self.updates = 0
         self.sums: dict[str, float] = {}  # metrics since the last log, summed over updates
@@ -392,14 +423,18 @@ class Session:
     def advance(self, until: int) -> None:
         """Collect to the end of the current chunk (or `until`), then take the updates due.
 
-        Raises `Diverged` and `EnvironmentFailure`.
+        On a data set nothing is collected, and a step is an update. Raises `Diverged` and
+        `EnvironmentFailure`.
         """
-        count = min(self.chunk - self.env_steps % self.chunk, until - self.env_steps)
-        rows = self.collector.collect(self.runner.agent, self.env_steps, count)
-        self.env_steps += count
-        due = int(
-            self.algorithm.updates_per_step * max(0, self.env_steps - self.algorithm.warmup_steps)
-        )
+        if self.env_steps < self.offline_steps:
+            count = 0
+            self.env_steps = min(self.env_steps + OFFLINE_CHUNK, until, self.offline_steps)
+            rows = self.collector.empty_block()
+        else:
+            count = min(self.chunk - self.env_steps % self.chunk, until - self.env_steps)
+            rows = self.collector.collect(self.runner.agent, self.env_steps, count)
+            self.env_steps += count
+        due = self._updates_due()
         updates = due - self.updates
         self.runner, metrics, finite = self._chunk(
             self.runner, rows, np.int32(count), np.int32(updates), self._update_key
@@ -419,6 +454,13 @@ class Session:
         self.summed += updates
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value * updates
+
+    def _updates_due(self) -> int:
+        """Updates that belong to the steps done so far."""
+        per_step, done = self.algorithm.updates_per_step, self.env_steps - self.offline_steps
+        if self.offline_steps:  # the data are the warm-up
+            return min(self.env_steps, self.offline_steps) + int(per_step * max(0, done))
+        return int(per_step * max(0, done - self.algorithm.warmup_steps))
 
     def _before(self) -> str:
         """What the metrics said last, for the message of a divergence."""
@@ -452,11 +494,12 @@ class Session:
             "summed": self.summed,
             "collector": collected,
         }
-        size = int(self.runner.replay.size)
+        size, recorded = int(self.runner.replay.size), self.recorded
         arrays = {
             "agent": self.runner.agent,
             "updates": self.runner.updates,
-            "replay": jax.tree.map(lambda leaf: leaf[:size], self.runner.replay.data),
+            # what was recorded stays in its file
+            "replay": jax.tree.map(lambda leaf: leaf[recorded:size], self.runner.replay.data),
             "added": self.runner.replay.added,
             "collector": collector,
         }
@@ -472,12 +515,9 @@ class Session:
         self.env_steps, self.updates = counters["env_steps"], counters["updates"]
         self.sums, self.summed = dict(counters["sums"]), counters["summed"]
         data = jax.tree.map(
-            lambda saved: (
-                jnp.zeros((self.capacity, *saved.shape[1:]), saved.dtype)
-                .at[: saved.shape[0]]
-                .set(saved)
-            ),
+            lambda saved, rows: rows.at[self.recorded : self.recorded + len(saved)].set(saved),
             arrays["replay"],
+            self.runner.replay.data,
         )
         self.runner = Runner(
             agent=jax.tree.map(jnp.array, arrays["agent"]),

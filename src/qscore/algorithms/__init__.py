@@ -2,6 +2,7 @@
 
 from qscore.algorithms.base import Algorithm as Algorithm
 from qscore.algorithms.cqsm import CQSM as CQSM
+from qscore.algorithms.diffusion_ql import DiffusionQL as DiffusionQL
 from qscore.algorithms.qsm import QSM as QSM
 from qscore.algorithms.sac import SAC as SAC
 from qscore.algorithms.td3 import TD3 as TD3
@@ -11,6 +12,7 @@ ALGORITHMS: dict[str, type] = {
     "cqsm": CQSM,
     "sac": SAC,
     "td3": TD3,
+    "diffusion_ql": DiffusionQL,
 }
 
 

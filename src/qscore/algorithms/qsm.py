@@ -26,6 +26,12 @@ is the exact score of the *noised marginal* of that density restricted to the ac
 self-normalised importance sampling: a_0^i from N(a_t / alpha_t, (sigma_t / alpha_t)^2) truncated to
 the box, w = softmax(Q(s, a_0^i) / (tau c)). The second is its limit for little noise.
 
+With `bc_weight` w the target of the first two is eps* + w eps, eps being the noise that made a_t.
+The mean of eps given a_t is the score of the replayed actions' noised density mu, so the denoiser
+learns the score of mu^w exp(Q / (tau c)): what offline learning wants, since it leaves no mass
+where there are no data. Preset "offline" has w = 1; it also lets the chains keep their noise, as mu
+is not to be reduced to its middle, takes the smaller critic and explores no further than that.
+
 Deviations of the default preset from the paper: (1) the target is "normalized", not "gradient";
 (2) the network predicts the clean action, and is regressed onto the clean action that eps* implies,
 clipped to the action box, which bounds the regression however large the gradient; (3) cosine
@@ -53,26 +59,11 @@ from qscore import diffusion
 from qscore.algorithms.base import saturation
 from qscore.config import Range, preset_field, resolve_preset, validate
 from qscore.critics import bootstrap, critic_loss, q_values, stack_critics
+from qscore.denoiser import Chain, score_loss
 from qscore.networks import Critic, ScoreNetwork, mean_q
 from qscore.normalize import Moments, observe_and_standardize, standardize
 from qscore.optimize import gradient_step, move_target
 from qscore.types import Carry, Key, Metrics, Spec, Transition
-
-
-def score_loss(
-    network: ScoreNetwork,
-    obs: Float[Array, "batch obs"],
-    noised: Float[Array, "batch act"],
-    level: Int[Array, " batch"],
-    target: Float[Array, "batch act"],
-    *,
-    levels: int,
-) -> tuple[Float[Array, ""], Metrics]:
-    """mean |prediction_theta(s, a_t, t) - target|^2: all that differentiates the actor."""
-    codes = jax.vmap(network.encode_obs)(obs) + network.encode_levels(levels)[level]
-    prediction = jax.vmap(network)(noised, codes)
-    loss = jnp.mean((prediction - target) ** 2)
-    return loss, {"actor_loss": loss}
 
 
 def noise_target(
@@ -132,6 +123,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "prediction": "action",
         "schedule": "cosine",
         "normalization": "batch",
+        "bc_weight": 0.0,
         "clip": "clean",
         "target_chain_noise": 0.0,
         "exploration_noise": 0.3,
@@ -149,6 +141,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "prediction": "noise",
         "schedule": "vp",
         "normalization": "none",
+        "bc_weight": 0.0,
         "clip": "sample",
         "target_chain_noise": 1.0,
         "exploration_noise": 0.1,
@@ -162,15 +155,25 @@ PRESETS: dict[str, dict[str, Any]] = {
         "warmup_steps": 10_000,
     },
 }
+PRESETS["offline"] = PRESETS["default"] | {
+    "bc_weight": 1.0,
+    "target_chain_noise": 1.0,
+    "eval_chain_noise": 1.0,
+    "exploration_noise": 0.0,
+    "pessimism": 1.0,
+    "actor_lr": 3e-4,
+    "critic_lr": 3e-4,
+}
 
 
 @dataclass(frozen=True)
 class QSM:
     """Q-score matching: an off-policy actor-critic whose actor is a diffusion model."""
 
-    preset: Literal["default", "official"] = "default"
+    preset: Literal["default", "official", "offline"] = "default"
     """Where fields that are not given take their values: `default` is robust without tuning per
-    task, `official` is the algorithm of the paper's released code."""
+    task, `official` is the algorithm of the paper's released code, `offline` clones the behaviour
+    as well, for recorded data."""
     target: Literal["gradient", "normalized", "posterior"] = preset_field()
     """What the denoiser is regressed onto: the critic's raw action gradient, the gradient in units
     of its own mean size, or the exact score of the noised marginal by importance sampling."""
@@ -190,6 +193,9 @@ class QSM:
     temperature: Annotated[float, Range(0, low_open=True)] = 0.1
     """tau of the other targets, in (0, inf). No unit with normalization `batch` or `running`; in
     units of reward with `none`. Smaller is greedier."""
+    bc_weight: Annotated[float, Range(0)] = preset_field()
+    """Weight of behaviour cloning in the target: the replayed actions' density counts to this
+    power, in [0, inf), no unit. 0 learns from the critic alone."""
     normalization: Literal["batch", "running", "none"] = preset_field()
     """The gradient's unit c: its mean size over the batch, a running mean of that, or 1."""
     posterior_samples: Annotated[int, Range(2, 4096)] = 16
@@ -241,6 +247,11 @@ class QSM:
     def __post_init__(self):
         resolve_preset(self, PRESETS)
         validate(self)
+        if self.bc_weight > 0.0 and self.target == "posterior":
+            raise ValueError(
+                f"`bc_weight` is {self.bc_weight}; with `target` 'posterior' it must be 0, since "
+                "the samples' weights do not know the density of the data."
+            )
 
     def init(self, spec: Spec, *, key: Key) -> QSMState:
         """A fresh actor and two critics, their targets and optimisers."""
@@ -273,12 +284,12 @@ class QSM:
         actor = state.actor if explore else state.average_actor
         if self.best_of > 1:
             keys = jr.split(chain_key, self.best_of)
-            candidates = jax.vmap(lambda key: self.sample(actor, obs, key=key))(keys)
+            candidates = jax.vmap(lambda key: self.chain.sample(actor, obs, key=key))(keys)
             values = jax.vmap(lambda action: mean_q(state.critics, obs, action))(candidates)
             action = candidates[jnp.argmax(values)]
         else:
             noise_scale = 1.0 if explore else self.eval_chain_noise
-            action = self.sample(actor, obs, key=chain_key, noise_scale=noise_scale)
+            action = self.chain.sample(actor, obs, key=chain_key, noise_scale=noise_scale)
         if explore:
             action = action + self.exploration_noise * jr.normal(noise_key, action.shape)
         return jnp.clip(action, -1.0, 1.0), carry
@@ -319,35 +330,10 @@ class QSM:
         )
         return state, critic_metrics | target_metrics | actor_metrics
 
-    def sample(
-        self, actor: ScoreNetwork, obs: Float[Array, " obs"], *, key: Key, noise_scale: float = 1.0
-    ) -> Float[Array, " act"]:
-        """One action from the denoising chain at one observation."""
-        schedule = self.noise_schedule()
-        obs_code = actor.encode_obs(obs)
-        # under vmap over observations these stay unbatched: one pass for all
-        level_codes = actor.encode_levels(self.noise_levels)
-
-        def denoiser(noised, level):
-            prediction = actor(noised, obs_code + level_codes[level])
-            if self.prediction == "noise":
-                prediction = diffusion.clean_from_noise(schedule, noised, level, prediction)
-            return jnp.clip(prediction, -1.0, 1.0) if self.clip == "clean" else prediction
-
-        action = diffusion.sample(
-            denoiser,
-            schedule,
-            actor.action_size,
-            key=key,
-            noise_scale=noise_scale,
-            variance=self.variance,
-            clip=1.0 if self.clip == "sample" else None,
-        )
-        return jnp.clip(action, -1.0, 1.0)
-
-    def noise_schedule(self) -> diffusion.NoiseSchedule:
-        """The tables of this policy's chain."""
-        return diffusion.SCHEDULES[self.schedule](self.noise_levels)
+    @property
+    def chain(self) -> Chain:
+        """How this policy's network becomes actions."""
+        return Chain(self.schedule, self.noise_levels, self.prediction, self.variance, self.clip)
 
     def _actor_optimizer(self) -> optax.GradientTransformation:
         if self.actor_decay_steps is None:
@@ -356,11 +342,9 @@ class QSM:
 
     def _update_critics(self, state: QSMState, batch: Transition, *, key: Key):
         chain_key, noise_key = jr.split(key)
-        next_action = jax.vmap(
-            lambda obs, key: self.sample(
-                state.average_actor, obs, key=key, noise_scale=self.target_chain_noise
-            )
-        )(batch.next_obs, jr.split(chain_key, batch.reward.shape[0]))
+        next_action = self.chain.sample_batch(
+            state.average_actor, batch.next_obs, key=chain_key, noise_scale=self.target_chain_noise
+        )
         noise = self.target_action_noise * jr.normal(noise_key, next_action.shape)
         smoothed = jnp.clip(next_action + noise, -1.0, 1.0)
         next_q = q_values(state.target_critics, batch.next_obs, smoothed)
@@ -391,12 +375,9 @@ class QSM:
     ):
         """Noised actions, their levels and what the network should say of them."""
         level_key, noise_key, posterior_key = jr.split(key, 3)
-        schedule = self.noise_schedule()
-        rows = batch.reward.shape[0]
-        level = jr.randint(level_key, (rows,), 0, self.noise_levels)
-        noise = jr.normal(noise_key, batch.action.shape)
-        noised = jax.vmap(lambda *args: diffusion.add_noise(schedule, *args))(
-            batch.action, level, noise
+        schedule = self.chain.tables
+        noised, level, noise = self.chain.add_noise(
+            batch.action, level_key=level_key, noise_key=noise_key
         )
 
         gradient = jax.vmap(jax.grad(mean_q, argnums=2), (None, 0, 0))(critics, batch.obs, noised)
@@ -420,7 +401,7 @@ class QSM:
                     temperature=temperature,
                     key=key,
                 )
-            )(batch.obs, noised, level, jr.split(posterior_key, rows))
+            )(batch.obs, noised, level, jr.split(posterior_key, level.shape[0]))
             target = jax.vmap(lambda *args: diffusion.noise_from_clean(schedule, *args))(
                 noised, level, clean
             )
@@ -433,6 +414,8 @@ class QSM:
                 score_scale=self.score_scale,
                 temperature=temperature,
             )
+            if self.bc_weight > 0.0:
+                target = target + self.bc_weight * noise
         metrics["score_norm"] = jnp.mean(
             jnp.linalg.norm(target / schedule.sigma[level][:, None], axis=-1)
         )

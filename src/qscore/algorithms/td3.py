@@ -10,6 +10,11 @@ noise, so that a sharp peak of one critic is not believed:
               noise ~ N(0, target_action_noise^2),    c: target_noise_clip
     actor     L(pi) = -E Q_1(s, pi(s))
 
+    offline   L(pi) = -E Q_1(s, pi(s)) / E |Q_1(s, pi(s))| + bc_weight E |pi(s) - a|^2
+
+The last is TD3+BC (Fujimoto and Gu 2021, arXiv:2106.06860), for recorded data: it holds the actor
+to the recorded action; the divisor is held fixed, and bc_weight is their 1 / alpha.
+
 pibar and Qbar_i follow at `target_rate`, whenever the actor steps. One update steps the critics;
 every `policy_delay`-th then steps the actor against the new critics, and after it the targets.
 
@@ -24,7 +29,7 @@ factor 1/2, which Adam does not see; (8) layers start Glorot-uniform, the house'
 """
 
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import equinox as eqx
 import jax
@@ -34,7 +39,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from qscore.algorithms.base import saturation
-from qscore.config import Range, validate
+from qscore.config import Range, preset_field, resolve_preset, validate
 from qscore.critics import bootstrap, critic_loss, q_values, stack_critics
 from qscore.networks import Critic, DeterministicActor
 from qscore.normalize import Moments, observe_and_standardize, standardize
@@ -58,6 +63,20 @@ def actor_loss(
     return loss, {"actor_loss": loss}
 
 
+def offline_actor_loss(
+    actor: DeterministicActor, critics: Critic, batch: Transition, *, bc_weight: float
+) -> tuple[Float[Array, ""], Metrics]:
+    """-mean Q_1 / mean |Q_1| + bc_weight mean (pi(s) - a)^2, over batch and components."""
+    loss, _ = actor_loss(actor, critics, batch.obs)
+    first = jax.tree.map(lambda leaf: leaf[0], critics)
+    action = jax.vmap(lambda obs: actor(obs))(batch.obs)
+    # critics that are zero everywhere pull nowhere: 0 / 0 must stay 0
+    unit = jnp.maximum(jnp.mean(jnp.abs(jax.vmap(first)(batch.obs, action))), 1e-12)
+    cloning = jnp.mean((action - batch.action) ** 2)
+    loss = loss / jax.lax.stop_gradient(unit) + bc_weight * cloning
+    return loss, {"actor_loss": loss}
+
+
 class TD3State(eqx.Module):
     """Everything TD3 learns."""
 
@@ -72,10 +91,21 @@ class TD3State(eqx.Module):
     updates: Int[Array, ""]
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {"bc_weight": 0.0, "normalize_observations": False},
+    "offline": {"bc_weight": 0.4, "normalize_observations": True},
+}
+
+
 @dataclass(frozen=True)
 class TD3:
     """Twin delayed DDPG: a deterministic actor that climbs two pessimistic critics."""
 
+    preset: Literal["default", "offline"] = "default"
+    """Where fields that are not given take their values: `offline` is TD3+BC, for recorded data."""
+    bc_weight: Annotated[float, Range(0)] = preset_field()
+    """Weight of the squared distance between the actor's action and the replayed one, in [0, inf),
+    against values in units of their mean size. 0 is plain TD3."""
     policy_delay: Annotated[int, Range(1)] = 2
     """Updates of the critics per step of the actor and the targets, in [1, inf)."""
     target_action_noise: Annotated[float, Range(0)] = 0.2
@@ -85,7 +115,7 @@ class TD3:
     """Largest size of that noise, in [0, inf), same unit."""
     exploration_noise: Annotated[float, Range(0)] = 0.1
     """Standard deviation of the noise added to explored actions, in [0, inf), same unit."""
-    normalize_observations: bool = False
+    normalize_observations: bool = preset_field()
     """Whether the networks see observations of mean 0 and variance 1, by running moments."""
     discount: Annotated[float, Range(0, 1, high_open=True)] = 0.99
     """Discount factor per environment step, in [0, 1)."""
@@ -110,6 +140,7 @@ class TD3:
     """Transitions the replay buffer holds, in [1, inf)."""
 
     def __post_init__(self):
+        resolve_preset(self, PRESETS)
         validate(self)
 
     def init(self, spec: Spec, *, key: Key) -> TD3State:
@@ -177,15 +208,22 @@ class TD3:
         metrics["action_saturation"] = saturation(next_action)
         return state, metrics | {"actor_loss": state.actor_loss}
 
+    def _actor_loss(
+        self, actor: DeterministicActor, critics: Critic, batch: Transition
+    ) -> tuple[Float[Array, ""], Metrics]:
+        if self.bc_weight > 0.0:
+            return offline_actor_loss(actor, critics, batch, bc_weight=self.bc_weight)
+        return actor_loss(actor, critics, batch.obs)
+
     def _update_actor(self, state: TD3State, batch: Transition) -> TD3State:
         """The delayed part of an update: the actor against the new critics, then the targets."""
         actor, actor_opt, metrics = gradient_step(
-            actor_loss,
+            self._actor_loss,
             state.actor,
             optax.adam(self.actor_lr),
             state.actor_opt,
             state.critics,
-            batch.obs,
+            batch,
         )
         return replace(
             state,

@@ -14,13 +14,15 @@ class EnvironmentFailure(RuntimeError):
 class Step(NamedTuple):
     """One step of one environment, in host memory.
 
-    `next_obs` is the observation before any reset; `truncated` is a time limit, never a death.
+    `next_obs` is the observation before any reset; `truncated` is a time limit, never a death; `dt`
+    is the step's duration in seconds.
     """
 
     next_obs: np.ndarray
     reward: float
     terminated: bool
     truncated: bool
+    dt: float
 
 
 @runtime_checkable

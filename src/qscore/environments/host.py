@@ -107,9 +107,8 @@ class HostTask:
         if not np.isfinite(reward):
             raise EnvironmentFailure(f"{self.name} returned the reward {reward}.")
         # an episode that ends both ways is over: the state is final
-        return Step(
-            self._checked(obs), reward, bool(terminated), bool(truncated and not terminated)
-        )
+        cut = bool(truncated and not terminated)
+        return Step(self._checked(obs), reward, bool(terminated), cut, self.spec.dt)
 
     def render(self) -> np.ndarray:
         """The current frame, `uint8[height, width, 3]`."""

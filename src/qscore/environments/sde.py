@@ -249,7 +249,7 @@ class SDETask:
                 f"{self.environment.id} left the numbers after {self._steps} steps "
                 f"(reward {reward}); its state grew without bound under these actions."
             )
-        return Step(obs, reward, bool(out.terminated), bool(out.truncated))
+        return Step(obs, reward, bool(out.terminated), bool(out.truncated), float(out.dt))
 
     def render(self) -> np.ndarray:
         """The task's own drawing of this moment, `uint8[height, width, 3]`."""
