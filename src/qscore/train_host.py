@@ -15,10 +15,14 @@ import numpy as np
 from qscore import replay
 from qscore.algorithms.base import Algorithm
 from qscore.environments.base import Environment, Episodic, Step
+from qscore.environments.host import DEFAULT_LIMIT
 from qscore.environments.sde import SDEEnvironment, SDETask
 from qscore.rollout import CHUNK_STEPS, DeviceCollector, evaluate_on_device
 from qscore.train import Runner, init_runner, train_chunk
 from qscore.types import Key, Spec, State, Transition
+
+BLOWN_UP = 1_000.0
+"""A critic's mean value beyond so many times the largest possible return counts as divergence."""
 
 OFFLINE_CHUNK = 500
 """Updates on a data set between two looks at whether the numbers are finite."""
@@ -419,6 +423,7 @@ class Session:
         self.sums: dict[str, float] = {}  # metrics since the last log, summed over updates
         self.summed = 0
         self.latest: dict[str, float] = {}  # metrics of the latest updates
+        self.largest_reward = 0.0 if data is None else float(np.abs(data.reward).max())
 
     def advance(self, until: int) -> None:
         """Collect to the end of the current chunk (or `until`), then take the updates due.
@@ -434,6 +439,7 @@ class Session:
             count = min(self.chunk - self.env_steps % self.chunk, until - self.env_steps)
             rows = self.collector.collect(self.runner.agent, self.env_steps, count)
             self.env_steps += count
+        self.largest_reward = max(self.largest_reward, float(np.abs(rows.reward).max()))
         due = self._updates_due()
         updates = due - self.updates
         self.runner, metrics, finite = self._chunk(
@@ -449,11 +455,25 @@ class Session:
                 f"not finite: {what} (seed {self.seed}, env step {self.env_steps}, "
                 f"updates {self.updates + 1} to {due}){self._before()}"
             )
+        if abs(values.get("q", 0.0)) > self._credible_value():
+            raise Diverged(
+                f"the critic blew up: `q` is {values['q']:.3g}, more than {BLOWN_UP:g} times what "
+                f"any episode can return at rewards of at most {self.largest_reward:.3g} per step "
+                f"(seed {self.seed}, env step {self.env_steps}, updates {self.updates + 1} to "
+                f"{due}){self._before()}"
+            )
         self.latest = values
         self.updates = due
         self.summed += updates
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value * updates
+
+    def _credible_value(self) -> float:
+        """What no critic's mean can honestly exceed, from the rewards seen so far."""
+        horizon = self.spec.horizon
+        steps = DEFAULT_LIMIT if horizon is None else horizon / self.spec.dt
+        # at least 1: where no reward has been seen yet an entropy bonus still has a value
+        return BLOWN_UP * steps * max(self.largest_reward, 1.0)
 
     def _updates_due(self) -> int:
         """Updates that belong to the steps done so far."""
@@ -492,6 +512,7 @@ class Session:
             "updates": self.updates,
             "sums": self.sums,
             "summed": self.summed,
+            "largest_reward": self.largest_reward,
             "collector": collected,
         }
         size, recorded = int(self.runner.replay.size), self.recorded
@@ -514,6 +535,7 @@ class Session:
         """Continue from a snapshot. False where an environment did not repeat its episode."""
         self.env_steps, self.updates = counters["env_steps"], counters["updates"]
         self.sums, self.summed = dict(counters["sums"]), counters["summed"]
+        self.largest_reward = counters["largest_reward"]
         data = jax.tree.map(
             lambda saved, rows: rows.at[self.recorded : self.recorded + len(saved)].set(saved),
             arrays["replay"],
