@@ -19,6 +19,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from jaxtyping import Bool, Float
 
 from qscore.environments.base import Episodic
 from qscore.errors import UsageError
-from qscore.types import Spec, Transition
+from qscore.types import Transition
 
 FORMAT = 1
 RECORDING_KEYS = ("obs", "action", "reward", "next_obs", "terminated", "truncated", "time", "dt")
@@ -70,11 +71,11 @@ class Dataset:
 
     @property
     def returns(self) -> Float[np.ndarray, " episodes"]:
-        """The undiscounted return of each episode, as far as it was recorded."""
+        """The undiscounted return of each episode, of the rows that it has here."""
         reward = np.asarray(self.rows.reward, np.float64)
         return np.array([reward[rows].sum() for rows in self.episodes])
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """A digest of every number in it."""
         digest = hashlib.sha256()
@@ -139,40 +140,58 @@ def normalized(value: float, reference: tuple[float, float]) -> float:
 
 def _read_recording(path: Path, task: Episodic) -> Dataset:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # opened here: NumPy leaves a file open that is no whole archive
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # NumPy, zipfile and zlib each raise their own
         raise UsageError(f"{path} cannot be read as a recording: {error}.") from error
-    about = _about(path, arrays)
-    for name in RECORDING_KEYS:
-        _require(path, arrays, name)
-    low, high = task.action_bounds
-    for name, bound in (("action_low", low), ("action_high", high)):
-        if not np.allclose(about[name], bound):
-            raise UsageError(
-                f"{path}: actions were recorded with {name} {about[name]}; the environment's is "
-                f"{bound.tolist()}."
-            )
-    dt = np.unique(arrays["dt"])
-    if "dt" not in task.spec.clock and not np.allclose(dt, task.spec.dt):
+    _check_about(path, _require(path, arrays, "about"), task)
+    spec = task.spec
+    obs = _numbers(path, arrays, "obs", None, spec.obs_size)
+    count = len(obs)
+    columns = {
+        "obs": obs,
+        "action": _numbers(path, arrays, "action", count, spec.action_size),
+        "reward": _numbers(path, arrays, "reward", count),
+        "next_obs": _numbers(path, arrays, "next_obs", count, spec.obs_size),
+        "time": _numbers(path, arrays, "time", count),
+        "dt": _numbers(path, arrays, "dt", count),
+    }
+    terminated = _flags(path, arrays, "terminated", count)
+    ended = terminated | _flags(path, arrays, "truncated", count)
+    for name, values in columns.items():
+        _check_finite(path, name, values)
+    one = np.ones(spec.action_size, np.float32)
+    _check_bounds(path, "action", columns["action"], (-one, one))
+    # a horizon that is no whole number of steps ends with a shorter one
+    odd = columns["dt"][~np.isclose(columns["dt"], spec.dt) & ~terminated]
+    if "dt" not in spec.clock and len(odd):
         raise UsageError(
-            f"{path}: recorded with steps of {dt[0]:g} s; the environment takes {task.spec.dt:g} s."
+            f"{path} was recorded with steps of {odd[0]:g} s; the environment takes {spec.dt:g} s."
         )
-    names = {name: name for name in RECORDING_KEYS}
-    rows = {name: arrays[name] for name in RECORDING_KEYS if name != "truncated"}
-    last = np.asarray(arrays["truncated"], bool) | np.asarray(arrays["terminated"], bool)
-    return _checked(str(path), task.spec, names, rows, last)
+    return _dataset(path, Transition(terminated=terminated, **columns), ended)
 
 
-def _about(path: Path, arrays: dict[str, Any]) -> dict[str, Any]:
+def _check_about(path: Path, text: Any, task: Episodic) -> None:
+    """What a recording says of itself, against the environment."""
     try:
-        about = json.loads(str(_require(path, arrays, "about")))
-        form, _, _ = about["format"], about["action_low"], about["action_high"]
+        about = json.loads(str(text))
+        form = about["format"]
+        ours = [np.asarray(about[name], np.float32) for name in ("action_low", "action_high")]
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: its `about` is not that of a recording ({error}).") from error
+        raise UsageError(
+            f"{path}: its `about` is not that of a recording: {type(error).__name__}: {error}."
+        ) from error
     if form != FORMAT:
         raise UsageError(f"{path} has format {form}; this version reads {FORMAT}.")
-    return about
+    for name, recorded, bound in zip(
+        ("action_low", "action_high"), ours, task.action_bounds, strict=True
+    ):
+        if recorded.shape != bound.shape or not np.allclose(recorded, bound):
+            raise UsageError(
+                f"{path}: actions were recorded with `{name}` {recorded.tolist()}; the "
+                f"environment's is {bound.tolist()}."
+            )
 
 
 def _read_hdf5(path: Path, task: Episodic) -> Dataset:
@@ -180,58 +199,40 @@ def _read_hdf5(path: Path, task: Episodic) -> Dataset:
     try:
         with h5py.File(path, "r") as file:
             arrays = {
-                name: np.asarray(item)
-                for name, item in file.items()
-                if isinstance(item, h5py.Dataset)
+                name: item[()] for name, item in file.items() if isinstance(item, h5py.Dataset)
             }
-    except OSError as error:
+    except Exception as error:  # it raises whatever is the matter with the file
         raise UsageError(f"{path} cannot be read as HDF5: {error}.") from error
-    obs = _require(path, arrays, "observations")
-    terminated = np.asarray(_require(path, arrays, "terminals"), bool)
-    _require(path, arrays, "actions")
-    _require(path, arrays, "rewards")
-    for name in ("actions", "rewards", "terminals", "timeouts", "next_observations"):
-        if name in arrays and len(arrays[name]) != len(obs):
-            raise UsageError(
-                f"{path}: `{name}` has {len(arrays[name])} rows, `observations` has {len(obs)}."
-            )
-    ended = terminated.copy()
-    if "timeouts" in arrays:
-        ended |= np.asarray(arrays["timeouts"], bool)
-    elif "next_observations" not in arrays:
+    spec = task.spec
+    obs = _numbers(path, arrays, "observations", None, spec.obs_size)
+    count = len(obs)
+    action = _numbers(path, arrays, "actions", count, spec.action_size)
+    reward = _numbers(path, arrays, "rewards", count)
+    terminated = _flags(path, arrays, "terminals", count)
+    cut = _flags(path, arrays, "timeouts", count) if "timeouts" in arrays else None
+    if "next_observations" in arrays:
+        next_obs = _numbers(path, arrays, "next_observations", count, spec.obs_size)
+        keep = np.ones(count, bool)
+        if cut is None:  # an episode goes on where the next row goes on from
+            goes_on = np.isclose(next_obs[:-1], obs[1:]).all(axis=1)
+            cut = np.append(~goes_on, True)[:count]
+    elif cut is not None:
+        # the next row's observation, where it is this episode's; after a final state none is needed
+        ended = terminated | cut | (np.arange(count) == count - 1)
+        next_obs = np.where(ended[:, None], obs, np.roll(obs, -1, axis=0))
+        keep = terminated | ~ended
+    else:
         raise UsageError(
             f"{path} has neither `timeouts` nor `next_observations`: where an episode was cut "
             "cannot be told, and values would be learned across the cut."
         )
-    keep = np.ones(len(obs), bool)
-    if "next_observations" in arrays:
-        next_obs = arrays["next_observations"]
-        if "timeouts" not in arrays:  # an episode goes on where the next row goes on from
-            apart = np.array(
-                [not np.allclose(a, b) for a, b in zip(next_obs[:-1], obs[1:], strict=True)], bool
-            )
-            ended[:-1] |= apart
-    else:
-        next_obs = np.concatenate([obs[1:], obs[-1:]])
-        next_obs[ended] = obs[ended]  # the next row is another episode's
-        keep = ~ended | terminated
-        keep[-1:] &= terminated[-1:]
-    ended[-1:] = True
-    rows = {
-        "obs": obs,
-        "action": _unit_actions(str(path), "actions", arrays["actions"], task),
-        "reward": arrays["rewards"],
-        "next_obs": next_obs,
-        "terminated": terminated,
-    }
-    names = {
-        "obs": "observations",
-        "action": "actions",
-        "reward": "rewards",
-        "next_obs": "next_observations",
-        "terminated": "terminals",
-    }
-    return _checked(str(path), task.spec, names, rows, ended, keep)
+    checked = {"observations": obs, "actions": action, "rewards": reward}
+    for key, values in (checked | {"next_observations": next_obs}).items():
+        _check_finite(path, key, values)
+    time, dt = _regular_clock(terminated | cut, spec.dt)
+    action = _unit_actions(path, "actions", action, task)
+    rows = Transition(obs, action, reward, next_obs, terminated, time, dt)
+    return _dataset(path, rows, terminated | cut, keep)
 
 
 def _read_minari(folder: Path, task: Episodic) -> Dataset:
@@ -240,57 +241,106 @@ def _read_minari(folder: Path, task: Episodic) -> Dataset:
     try:
         recorded = minari.MinariDataset(data)
         episodes = list(recorded.iterate_episodes())
+        # as it is written, for reading it sorts the parts, and the environment may not
+        written = json.loads((data / "metadata.json").read_text()).get("observation_space")
+        serialize = minari.serialization.serialize_space
+        layout = json.loads(written or serialize(recorded.observation_space))
     except Exception as error:  # it raises whatever its storage does
         raise UsageError(
             f"{folder} cannot be read as a Minari data set: {type(error).__name__}: {error}"
         ) from error
-    if not episodes:
-        raise UsageError(f"{folder} holds no episodes.")
-    parts: dict[str, list[np.ndarray]] = {}
-    for number, episode in enumerate(episodes):
-        obs = _flat(recorded.observation_space, episode.observations)
-        steps = len(episode.rewards)
-        if len(obs) != steps + 1:
+    space, bounds = recorded.action_space, task.action_bounds
+    for name, bound in zip(("low", "high"), bounds, strict=True):
+        theirs = np.ravel(getattr(space, name, []))
+        if theirs.shape != bound.shape or not np.allclose(theirs, bound):
             raise UsageError(
-                f"{folder}: episode {number} has {len(obs)} observations for {steps} rewards; "
-                f"{steps + 1} were expected."
+                f"{folder}: `action_space` is {space}; the environment's bounds are "
+                f"{bounds[0].tolist()} and {bounds[1].tolist()}."
             )
-        last = np.arange(steps) == steps - 1
-        columns = {
-            "obs": obs[:-1],
-            "action": _flat(recorded.action_space, episode.actions),
-            "reward": episode.rewards,
-            "next_obs": obs[1:],
-            "terminated": episode.terminations,
-            "last": last,
+    spec = task.spec
+    parts = []
+    for number, episode in enumerate(episodes):
+        held = {
+            "observations": _flat(folder, layout, episode.observations),
+            "actions": np.reshape(episode.actions, (len(episode.actions), -1)),
+            "rewards": episode.rewards,
+            "terminations": episode.terminations,
         }
-        for name, values in columns.items():
-            parts.setdefault(name, []).append(np.asarray(values))
-    rows = {name: np.concatenate(values) for name, values in parts.items()}
-    rows["action"] = _unit_actions(str(folder), "actions", rows["action"], task)
-    names = {
-        "obs": "observations",
-        "action": "actions",
-        "reward": "rewards",
-        "next_obs": "observations",
-        "terminated": "terminations",
-    }
-    return _checked(str(folder), task.spec, names, rows, rows.pop("last"))
+        arrays = {f"episode_{number}/{name}": values for name, values in held.items()}
+        obs_key, action_key, reward_key, terminated_key = arrays
+        reward = _numbers(folder, arrays, reward_key, None)
+        count = len(reward)
+        obs = _numbers(folder, arrays, obs_key, count + 1, spec.obs_size)
+        action = _numbers(folder, arrays, action_key, count, spec.action_size)
+        terminated = _flags(folder, arrays, terminated_key, count)
+        for key, values in ((obs_key, obs), (action_key, action), (reward_key, reward)):
+            _check_finite(folder, key, values)
+        action = _unit_actions(folder, action_key, action, task)
+        last = np.arange(count) == count - 1
+        time, dt = _regular_clock(last, spec.dt)
+        rows = Transition(obs[:-1], action, reward, obs[1:], terminated, time, dt)
+        parts.append((rows, last))
+    if not parts:
+        raise UsageError(f"{folder} is empty: it holds no episodes.")
+    rows, last = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    return _dataset(folder, rows, last)
 
 
 def _minari_folder(id: str) -> Path:
     """Where Minari keeps a data set on this machine."""
-    minari = _import("minari", id)
-    folder = Path(minari.storage.get_dataset_path(id))
-    if not (folder / "data").is_dir():
-        known = sorted(minari.list_local_datasets())
+    _import("minari", id)
+    root = Path(os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")).expanduser()
+    if not (root / id / "data").is_dir():
+        known = sorted(
+            path.parents[1].relative_to(root).as_posix()
+            for path in root.glob("**/data/metadata.json")
+        )
         closest = difflib.get_close_matches(id, known, 1, cutoff=0.5)
         hint = f"; the closest is {closest[0]!r}" if closest else ""
         raise UsageError(
             f"there is no file and no Minari data set {id!r} on this machine{hint}. "
             f"Fetch one with: minari download {id}"
         )
-    return folder
+    return root / id
+
+
+def _flat(source: Path, layout: dict[str, Any], values: Any) -> np.ndarray:
+    """Leading axis kept, everything else in one vector, in the order Gymnasium flattens."""
+    if layout["type"] == "Dict":
+        parts = layout["subspaces"].items()
+        return np.concatenate([_flat(source, part, values[name]) for name, part in parts], axis=1)
+    if layout["type"] != "Box":
+        raise UsageError(
+            f"{source} holds a {layout['type']} space; it must be a Box, or a Dict of them."
+        )
+    return np.reshape(values, (len(values), -1))
+
+
+def _regular_clock(
+    last: Bool[np.ndarray, " rows"], dt: float
+) -> tuple[Float[np.ndarray, " rows"], Float[np.ndarray, " rows"]]:
+    """(time, dt) of rows that were recorded at regular steps of `dt` seconds."""
+    index = np.arange(len(last))
+    begins = np.insert(last[:-1], 0, True)[: len(last)]
+    began = np.maximum.accumulate(np.where(begins, index, 0))
+    return ((index - began) * dt).astype(np.float32), np.full(len(last), dt, np.float32)
+
+
+def _dataset(
+    source: Path,
+    rows: Transition,
+    last: Bool[np.ndarray, " rows"],
+    keep: Bool[np.ndarray, " rows"] | None = None,
+) -> Dataset:
+    """Of all rows those to keep: the others lack a next observation, and end their episodes."""
+    if not len(last):
+        raise UsageError(f"{source} is empty: it holds no transitions.")
+    if keep is not None:
+        last = last | np.append(~keep[1:], False)  # what is left out was the last of its episode
+        rows, last = jax.tree.map(lambda leaf: leaf[keep], (rows, last))
+        if not len(last):
+            raise UsageError(f"{source} is empty: no row of it has a next observation.")
+    return Dataset(str(source), rows, np.append(last[:-1], True))
 
 
 # Checks -------------------------------------------------------------------------------------------
@@ -309,86 +359,66 @@ def _import(package: str, source: Any) -> Any:
             f"reading {source} needs the package {package}: pip install 'qscore[offline]' "
             "(or `uv sync --extra offline`)."
         )
-    return __import__(package)
+    return importlib.import_module(package)
 
 
-def _flat(space: Any, values: Any) -> np.ndarray:
-    """Leading axis kept, everything else in one vector, in the order Gymnasium flattens."""
-    if isinstance(values, dict):
-        return np.concatenate([_flat(part, values[name]) for name, part in space.items()], axis=1)
-    values = np.asarray(values)
-    return values.reshape(len(values), -1)
+def _numbers(
+    source: Path, arrays: dict[str, Any], key: str, rows: int | None, *size: int
+) -> Float[np.ndarray, "..."]:
+    """An array of real numbers, as float32; any number of rows where `rows` is None."""
+    values = np.asarray(_require(source, arrays, key))
+    if not (np.issubdtype(values.dtype, np.floating) or np.issubdtype(values.dtype, np.integer)):
+        raise UsageError(f"{source}: `{key}` must hold real numbers, not {values.dtype}.")
+    _check_shape(source, key, values, rows, *size)
+    with np.errstate(over="ignore"):  # what overflows is said with all that is not finite
+        return values.astype(np.float32)
 
 
-def _unit_actions(source: str, key: str, actions: Any, task: Episodic) -> np.ndarray:
+def _flags(source: Path, arrays: dict[str, Any], key: str, rows: int) -> Bool[np.ndarray, " rows"]:
+    """An array of true or false, also where it is written in numbers."""
+    values = np.asarray(_require(source, arrays, key))
+    _check_shape(source, key, values, rows)
+    bad = np.flatnonzero(~np.isin(values, (0, 1)))
+    if len(bad):
+        raise UsageError(
+            f"{source}: `{key}` must hold true or false, 1 or 0; row {bad[0]} is {values[bad[0]]}."
+        )
+    return values.astype(bool)
+
+
+def _check_shape(source: Path, key: str, values: np.ndarray, rows: int | None, *size: int) -> None:
+    if values.shape != (values.shape[:1] if rows is None else (rows,)) + size:
+        wanted = ", ".join(map(str, ("rows" if rows is None else rows, *size)))
+        raise UsageError(
+            f"{source}: `{key}` has shape {list(values.shape)}; [{wanted}] was expected."
+        )
+
+
+def _check_finite(source: Path, key: str, values: np.ndarray) -> None:
+    bad = np.unique(np.nonzero(~np.isfinite(values))[0])
+    if len(bad):
+        raise UsageError(
+            f"{source}: `{key}` is not finite in {len(bad)} of {len(values)} rows; the first is "
+            f"row {bad[0]}."
+        )
+
+
+def _check_bounds(
+    source: Path, key: str, actions: np.ndarray, bounds: tuple[np.ndarray, np.ndarray]
+) -> None:
+    low, high = bounds
+    slack = SLACK * (high - low) / 2.0
+    inside = ((actions >= low - slack) & (actions <= high + slack)) | ~np.isfinite(actions)
+    if not inside.all():
+        reached = actions[np.isfinite(actions)]
+        raise UsageError(
+            f"{source}: `{key}` reaches from {reached.min():g} to {reached.max():g}; the bounds "
+            f"are {low.tolist()} and {high.tolist()}."
+        )
+
+
+def _unit_actions(source: Path, key: str, actions: np.ndarray, task: Episodic) -> np.ndarray:
     """Actions in the environment's units, scaled to [-1, 1]."""
     low, high = task.action_bounds
-    actions = np.asarray(actions, np.float32)
-    if actions.ndim != 2 or actions.shape[1] != len(low):
-        return actions  # said with the other shapes
-    unit = 2.0 * (actions - low) / (high - low) - 1.0
-    if np.abs(unit[np.isfinite(unit)]).max(initial=0.0) > 1.0 + SLACK:
-        raise UsageError(
-            f"{source}: `{key}` reach from {np.nanmin(actions):g} to {np.nanmax(actions):g}; the "
-            f"environment's bounds are {low.tolist()} and {high.tolist()}."
-        )
-    return np.clip(unit, -1.0, 1.0).astype(np.float32)
-
-
-def _checked(
-    source: str,
-    spec: Spec,
-    names: dict[str, str],
-    rows: dict[str, Any],
-    last: np.ndarray,
-    keep: np.ndarray | None = None,
-) -> Dataset:
-    """The rows as a `Dataset`, times filled in where they were not recorded.
-
-    `names` are the source's own, for messages. Rows that are not kept are those without a next
-    observation.
-    """
-    count = len(last)
-    if count == 0:
-        raise UsageError(f"{source} is empty: it holds no transitions.")
-    sizes = {"obs": (spec.obs_size,), "next_obs": (spec.obs_size,), "action": (spec.action_size,)}
-    for name, values in rows.items():
-        expected = (count, *sizes.get(name, ()))
-        if np.shape(values) != expected:
-            raise UsageError(
-                f"{source}: `{names[name]}` has shape {list(np.shape(values))}; the environment's "
-                f"are {list(expected)}."
-            )
-        if not np.issubdtype(np.asarray(values).dtype, np.number) and name != "terminated":
-            raise UsageError(f"{source}: `{names[name]}` does not hold numbers.")
-    # after the last row of an episode the source's next row is another's, and may be anything
-    for name, values in rows.items():
-        flat = np.asarray(values, np.float64).reshape(count, -1)
-        bad = ~np.isfinite(flat).all(axis=1)
-        if keep is not None:
-            bad &= keep
-        if bad.any():
-            first = int(np.flatnonzero(bad)[0])
-            raise UsageError(
-                f"{source}: `{names[name]}` has {int(bad.sum())} rows that are not finite, the "
-                f"first is row {first}."
-            )
-    if "time" not in rows:
-        starts = np.concatenate([[0], np.flatnonzero(last)[:-1] + 1])
-        began = np.repeat(starts, np.diff([*starts, count]))
-        rows = rows | {
-            "time": (np.arange(count) - began) * spec.dt,
-            "dt": np.full(count, spec.dt),
-        }
-    typed = {
-        name: np.asarray(values, bool if name == "terminated" else np.float32)
-        for name, values in rows.items()
-    }
-    if keep is not None:
-        # the row before one that is left out is now the last of its episode
-        last = last | np.append(~keep[1:] & last[1:], False)
-        typed, last = {name: values[keep] for name, values in typed.items()}, last[keep]
-        if not len(last):
-            raise UsageError(f"{source} is empty: no row of it has a next observation.")
-        last[-1] = True
-    return Dataset(source, Transition(**typed), last)
+    _check_bounds(source, key, actions, (low, high))
+    return np.clip(2.0 * (actions - low) / (high - low) - 1.0, -1.0, 1.0).astype(np.float32)

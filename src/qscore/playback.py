@@ -1,5 +1,6 @@
 """Using a finished run: evaluate its policies, film them, load them."""
 
+import itertools
 import math
 import os
 import sys
@@ -92,7 +93,9 @@ def evaluate(
         raise UsageError(f"`video` must end in .mp4 or .gif, got {str(video)!r}.")
     if record is None and (random_share, noise, explore) != (0.0, 0.0, False):
         raise UsageError("`random_share`, `noise` and `explore` shape a recording: give `record`.")
-    recorder = None if record is None else _recorder(Path(record), random_share, noise, best_of)
+    recorder = None
+    if record is not None:
+        recorder = _recorder(Path(record), random_share, noise, best_of, starts=seed)
     if best_of != 1:  # refused before anything is opened
         as_usage_error(lambda: with_best_of(run.algorithm, best_of))
     task = as_usage_error(run.environment.open)
@@ -124,6 +127,9 @@ def evaluate(
         best = play(best_of)[0] if best_of != 1 else []
     except EnvironmentFailure as error:
         raise RunStopped(f"the environment failed: {error}") from error
+    finally:
+        for each in tasks:
+            each.close()
     flat = [value for returns in per_seed for value in returns]
     result = {
         "returns": flat,
@@ -163,8 +169,6 @@ def evaluate(
         except OSError as error:
             raise UsageError(f"cannot write to `record`, {recorder.path}: {error}.") from error
         result["recorded"] = {"dataset": str(recorder.path), "steps": len(truncated)}
-    for each in tasks:
-        each.close()
     if video is not None:
         policy = evaluation_policy(run.algorithm, task.spec, best_of=best_of)
         _film(run, policy, agents[seeds[0]], seed, Path(video))
@@ -195,77 +199,64 @@ def _load_agents(run: Run, spec: Spec, seeds: list[int]) -> dict[int, Any]:
 class Recorder(Observer):
     """Keeps every step of an evaluation, and disturbs it as asked."""
 
-    def __init__(self, path: Path, random_share: float, noise: float):
-        self.path, self.random_share, self.noise = path, random_share, noise
+    def __init__(self, path: Path, random_share: float, noise: float, *, starts: int):
+        self.path, self.random_share, self.noise, self.starts = path, random_share, noise, starts
         self._seed = 0
         self._draws: dict[int, np.random.Generator] = {}  # of the running episodes
-        self._steps: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray, Step]]] = {}
+        # rows of an episode, by trained seed and number: time, observation, action, step
+        self._rows: dict[tuple[int, int], list[tuple[float, np.ndarray, np.ndarray, Step]]] = {}
 
     def begin_policy(self, seed: int) -> None:
         """What follows is played by the policy of another trained seed."""
         self._seed = seed
 
     def began(self, episode: int, task: Episodic) -> None:
-        """An empty list of steps."""
-        self._draws[episode] = np.random.default_rng([self._seed, episode])
-        self._steps[self._seed, episode] = []
+        """No row yet, and draws of its own."""
+        self._draws[episode] = np.random.default_rng([self.starts, self._seed, episode])
+        self._rows[self._seed, episode] = []
 
     def disturb(self, episode: int, action: np.ndarray) -> np.ndarray:
         """The policy's action, with noise, or in a random episode a uniform one."""
         draws = self._draws[episode]
-        # spread evenly, so that any number of episodes has its share
-        if int((episode + 1) * self.random_share) > int(episode * self.random_share):
+        if self._random_among(episode + 1) > self._random_among(episode):
             return draws.uniform(-1.0, 1.0, action.shape).astype(np.float32)
         if self.noise == 0.0:
             return action
         noisy = action + self.noise * draws.standard_normal(action.shape)
         return np.clip(noisy, -1.0, 1.0).astype(np.float32)
 
+    def _random_among(self, episodes: int) -> int:
+        """How many of the first episodes are random: their share, rounded, so spread evenly."""
+        return math.floor(episodes * self.random_share + 0.5)
+
     def stepped(
         self, episode: int, task: Episodic, obs: np.ndarray, action: np.ndarray, step: Step
     ) -> None:
         """One more row."""
-        self._steps[self._seed, episode].append((obs, np.array(action), step))
+        rows = self._rows[self._seed, episode]
+        time = rows[-1][0] + rows[-1][3].dt if rows else 0.0
+        rows.append((time, obs, np.array(action), step))
 
     def rows(self) -> tuple[Transition, np.ndarray]:
         """Everything recorded, episode after episode, and which rows a time limit cut."""
-        obs, action, reward, next_obs, terminated, truncated, time, dt = (
-            [],
-            [],
-            [],
-            [],
-            [],
-            [],
-            [],
-            [],
+        rows = itertools.chain.from_iterable(self._rows[key] for key in sorted(self._rows))
+        time, obs, action, steps = zip(*rows, strict=True)
+        next_obs, reward, terminated, truncated, dt = zip(*steps, strict=True)
+        transitions = Transition(
+            obs=np.stack(obs),
+            action=np.stack(action),
+            reward=np.array(reward, np.float32),
+            next_obs=np.stack(next_obs),
+            terminated=np.array(terminated),
+            time=np.array(time, np.float32),
+            dt=np.array(dt, np.float32),
         )
-        for key in sorted(self._steps):
-            clock = 0.0
-            for seen, done, step in self._steps[key]:
-                obs.append(seen)
-                action.append(done)
-                reward.append(step.reward)
-                next_obs.append(step.next_obs)
-                terminated.append(step.terminated)
-                truncated.append(step.truncated)
-                time.append(clock)
-                dt.append(step.dt)
-                clock += step.dt
-        numbers = (np.asarray(column, np.float32) for column in (reward, time, dt))
-        reward, time, dt = numbers
-        rows = Transition(
-            np.stack(obs),
-            np.stack(action),
-            reward,
-            np.stack(next_obs),
-            np.array(terminated),
-            time,
-            dt,
-        )
-        return rows, np.array(truncated)
+        return transitions, np.array(truncated)
 
 
-def _recorder(path: Path, random_share: float, noise: float, best_of: int) -> Recorder:
+def _recorder(
+    path: Path, random_share: float, noise: float, best_of: int, *, starts: int
+) -> Recorder:
     if path.suffix != ".npz":
         raise UsageError(f"`record` must end in .npz, got {str(path)!r}.")
     if path.exists():
@@ -276,7 +267,7 @@ def _recorder(path: Path, random_share: float, noise: float, best_of: int) -> Re
         raise UsageError(f"`noise` must lie in [0, inf), got {noise}.")
     if best_of != 1:
         raise UsageError(f"`best_of` is {best_of}; a recording is of the policy itself, with 1.")
-    return Recorder(path, random_share, noise)
+    return Recorder(path, random_share, noise, starts=starts)
 
 
 class Camera(Observer):
