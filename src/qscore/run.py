@@ -131,7 +131,7 @@ def resume(folder: str | os.PathLike, *, steps: int | None = None, progress: boo
             raise UsageError(f"`steps` is {steps}, but the run has already done {done}.")
         offline = run.settings.offline_steps if run.settings.online_steps else 0
         if steps < offline:
-            raise UsageError(f"`steps` is {steps}, but {offline} of them are on the data set.")
+            raise UsageError(f"`steps` is {steps}, but the run takes {offline} on its data alone.")
         changed = {"online_steps": steps - offline} if offline else {"steps": steps}
         settings = as_usage_error(lambda: dataclasses.replace(run.settings, **changed))
         _check_multiples(settings, run.environment.num_envs)
@@ -295,7 +295,8 @@ class _Loop:
             self._checkpoint()
         if self.env_steps < settings.total_steps:
             (self.run.folder / "summary.json").unlink(missing_ok=True)  # of a shorter run
-        elif self.env_steps % eval_every:  # an interrupt's checkpoint is now the end
+        elif self.env_steps not in read_evals(self.run.folder).get(self.sessions[0].seed, {}):
+            # an interrupt's checkpoint is now the end
             self._evaluate(pool)
             self._checkpoint()
         clock = time.perf_counter()
@@ -310,11 +311,12 @@ class _Loop:
             self.env_steps = done
 
             finished = done == settings.total_steps
-            if done % log_every == 0 or finished:
+            landmark = done in (settings.offline_steps, settings.total_steps)
+            if done % log_every == 0 or landmark:
                 self._log_metrics()
-            if done % eval_every == 0 or finished:
+            if done % eval_every == 0 or landmark:
                 self._evaluate(pool)
-            if done % eval_every == 0 or finished or interrupted():
+            if done % eval_every == 0 or landmark or interrupted():
                 self._checkpoint()
             clock, taken = time.perf_counter(), time.perf_counter() - clock
             self.seconds += taken
@@ -397,7 +399,7 @@ class _Loop:
     def _summarize(self) -> None:
         curves = read_evals(self.run.folder)
         last = [curves[session.seed][self.env_steps] for session in self.sessions]
-        seeds = len(self.sessions)
+        seeds, collected = len(self.sessions), self.env_steps - self.run.settings.offline_steps
         summary = {
             "algorithm": algorithm_name(self.run.algorithm),
             "environment": environment_name(self.run.environment),
@@ -406,7 +408,7 @@ class _Loop:
             "final_returns": [float(np.mean(returns)) for returns in last],
             **summarize(last),
             "seconds": round(self.seconds, 3),
-            "env_steps_per_second": self.env_steps * seeds / self.seconds,
+            "env_steps_per_second": collected * seeds / self.seconds,
             "updates_per_second": sum(session.updates for session in self.sessions) / self.seconds,
         }
         if self.data is not None:

@@ -394,27 +394,31 @@ class Session:
         self.algorithm, self.seed, self.eval_episodes = algorithm, seed, eval_episodes
         self.offline_steps = offline_steps
         init_key, act_key, self._update_key = jr.split(jr.key(seed), 3)
+        acting = algorithm
+        if offline_steps:  # they are the warm-up: no action after them is random
+            acting = dataclasses.replace(algorithm, warmup_steps=1)  # pyright: ignore
         # everything is compiled here, by one thread, before the seeds' threads start
         self.collector: Collector = (
-            DeviceCollector(algorithm, environment, act_key)
+            DeviceCollector(acting, environment, act_key)
             if isinstance(environment, SDEEnvironment)
-            else HostCollector(algorithm, environment, seed, act_key)
+            else HostCollector(acting, environment, seed, act_key)
         )
         self.eval_tasks = [environment.open() for _ in range(min(eval_episodes, EVAL_ROWS))]
         self.spec = self.collector.spec
         self.chunk = self.collector.chunk
         self.recorded = 0 if data is None else len(data.reward)
-        # never below a chunk, so that no chunk overwrites itself; recorded rows are all kept
-        rows = min(algorithm.replay_capacity, steps) if data is None else steps - offline_steps
-        self.capacity = self.recorded + max(rows, self.chunk)
+        # room for every collected row where recorded ones are to be kept
+        room = min(algorithm.replay_capacity, steps) if data is None else steps - offline_steps
+        # never below a chunk, so that no chunk overwrites itself
+        self.capacity = self.recorded + max(room, self.chunk)
         self._evaluation = evaluation_policy(algorithm, self.spec)
         self._chunk = compiled_chunk(algorithm, self.spec, self.capacity, self.chunk)
         self.runner = init_runner(algorithm, self.spec, self.capacity, key=init_key)
         if data is not None:
             rows = jax.tree.map(
-                lambda new, empty: empty.at[: self.recorded].set(new),
-                data,
+                lambda empty, recorded: empty.at[: self.recorded].set(recorded),
                 self.runner.replay.data,
+                data,
             )
             filled = replay.Replay(rows, jnp.array(self.recorded, jnp.int32))
             self.runner = Runner(self.runner.agent, filled, self.runner.updates)
