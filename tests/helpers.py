@@ -100,6 +100,30 @@ def numpy_q(critic, obs, action):
     return numpy_mlp(critic.mlp, np.concatenate([obs, action], axis=-1), activation)[0][..., 0]
 
 
+def numpy_mish(x):
+    return x * np.tanh(np.log1p(np.exp(x)))
+
+
+def numpy_gradient(critic, obs, action):
+    """dQ/da of one critic at every row, by back-propagation written out."""
+    activation, slope = ACTIVATIONS[critic.mlp.activation]
+    _, inputs = numpy_mlp(critic.mlp, np.concatenate([obs, action], axis=-1), activation)
+    layers = critic.mlp.layers
+    gradient = np.broadcast_to(layers[-1].weight[:, 0], inputs[-1].shape)
+    for layer, x in zip(reversed(layers[:-1]), reversed(inputs[:-1]), strict=True):
+        gradient = (gradient * slope(x @ layer.weight + layer.bias)) @ layer.weight.T
+    return gradient[:, obs.shape[-1] :]
+
+
+def numpy_denoiser(network, obs, noised, level):
+    """The actor's network on rows of one level, as the dense network that it stands for."""
+    phase = 2.0 * np.pi * level * network.features.frequencies
+    features = np.concatenate([np.cos(phase), np.sin(phase)])
+    embedding, _ = numpy_mlp(network.level_mlp, features, numpy_mish)
+    inputs = [noised, obs, np.broadcast_to(embedding, (obs.shape[0], embedding.shape[0]))]
+    return numpy_mlp(network.mlp, np.concatenate(inputs, axis=-1), numpy_mish)[0]
+
+
 # Random networks and batches ----------------------------------------------------------------------
 
 HIDDEN = (16, 16)

@@ -11,10 +11,10 @@ import numpy as np
 import optax
 import pytest
 from helpers import (
-    ACTIVATIONS,
     HIDDEN,
     assert_close,
-    numpy_mlp,
+    numpy_denoiser,
+    numpy_gradient,
     numpy_q,
     perturbed,
     polynomial_critics,
@@ -33,33 +33,6 @@ from qscore.optimize import gradient_step
 
 SPEC = Spec(obs_size=3, action_size=2, dt=0.05)
 ROWS = 64
-
-
-# The networks, in NumPy and float64 ---------------------------------------------------------------
-
-
-def numpy_mish(x):
-    return x * np.tanh(np.log1p(np.exp(x)))
-
-
-def numpy_gradient(critic, obs, action):
-    """dQ/da of one critic at every row, by back-propagation written out."""
-    activation, slope = ACTIVATIONS[critic.mlp.activation]
-    _, inputs = numpy_mlp(critic.mlp, np.concatenate([obs, action], axis=-1), activation)
-    layers = critic.mlp.layers
-    gradient = np.broadcast_to(layers[-1].weight[:, 0], inputs[-1].shape)
-    for layer, x in zip(reversed(layers[:-1]), reversed(inputs[:-1]), strict=True):
-        gradient = (gradient * slope(x @ layer.weight + layer.bias)) @ layer.weight.T
-    return gradient[:, obs.shape[-1] :]
-
-
-def numpy_denoiser(network, obs, noised, level):
-    """The actor's network on rows of one level, as the dense network that it stands for."""
-    phase = 2.0 * np.pi * level * network.features.frequencies
-    features = np.concatenate([np.cos(phase), np.sin(phase)])
-    embedding, _ = numpy_mlp(network.level_mlp, features, numpy_mish)
-    inputs = [noised, obs, np.broadcast_to(embedding, (obs.shape[0], embedding.shape[0]))]
-    return numpy_mlp(network.mlp, np.concatenate(inputs, axis=-1), numpy_mish)[0]
 
 
 # What the actor is regressed onto -----------------------------------------------------------------
@@ -107,7 +80,10 @@ RUNNING, LATER = (
     ],
     ids=lambda value: "" if callable(value) else value,
 )
-def test_regression_target_is_the_critics_gradient(target, prediction, normalization, unit):
+@pytest.mark.parametrize("bc_weight", [0.0, 0.4])
+def test_regression_target_is_the_critics_gradient_and_the_noise(
+    target, prediction, normalization, unit, bc_weight
+):
     algorithm = QSM(
         target=target,
         prediction=prediction,
@@ -116,6 +92,7 @@ def test_regression_target_is_the_critics_gradient(target, prediction, normaliza
         noise_levels=10,
         score_scale=3.0,
         temperature=0.7,
+        bc_weight=bc_weight,
     )
     critics = random_critics(SPEC, jr.key(0))
     batch = random_batch(SPEC, ROWS, jr.key(1))
@@ -127,13 +104,14 @@ def test_regression_target_is_the_critics_gradient(target, prediction, normaliza
     first, second = (numpy_gradient(critic, obs, noised) for critic in unstack(critics))
     at_clean = np.mean([numpy_gradient(critic, obs, clean) for critic in unstack(critics)], axis=0)
     mean = (first + second) / 2.0
+    added = (noised - alpha * clean) / sigma
 
-    def expected(gradient, sigma_factor=sigma, sign=-1.0):
+    def expected(gradient, sigma_factor=sigma, sign=-1.0, cloned=bc_weight):
         if target == "gradient":
             noise = sign * 3.0 * gradient
         else:
             noise = sign * sigma_factor * gradient / (0.7 * unit(np.mean(np.abs(mean))))
-        return to_target(noise, noised, alpha, sigma, prediction)
+        return to_target(noise + cloned * added, noised, alpha, sigma, prediction)
 
     tolerance = {"loosen": 10.0, "why": "two layers and a division by alpha, of numbers up to 10"}
     assert_close(actual, expected(mean), **tolerance)
@@ -145,6 +123,10 @@ def test_regression_target_is_the_critics_gradient(target, prediction, normaliza
     }
     if target == "normalized":
         mutants["without sigma"] = expected(mean, sigma_factor=1.0)
+    if bc_weight > 0.0:
+        mutants["nothing cloned"] = expected(mean, cloned=0.0)
+        mutants["away from the data"] = expected(mean, cloned=-bc_weight)
+        mutants["the noise in full"] = expected(mean, cloned=1.0)
     for name, wrong in mutants.items():
         # a hundred times the tolerance above; clipping to the box hides most of some slips
         error = np.mean(np.abs(wrong - wide(actual))) / np.mean(np.abs(wide(actual)))
@@ -171,6 +153,12 @@ def test_a_flat_critic_asks_for_no_noise():
     batch = random_batch(SPEC, ROWS, jr.key(1))
     _, _, target, _ = actor_batch(algorithm, critics, batch, key=jr.key(2))
     np.testing.assert_array_equal(np.asarray(target), np.zeros((ROWS, 2)))
+
+
+def test_cloning_is_refused_where_the_target_does_not_know_the_data():
+    with pytest.raises(ValueError, match="`bc_weight` is 0.5; with `target` 'posterior' it must"):
+        QSM(target="posterior", bc_weight=0.5)
+    assert QSM(preset="offline", target="posterior", bc_weight=0.0).bc_weight == 0.0
 
 
 def test_posterior_target_is_the_mean_by_quadrature():
@@ -274,12 +262,13 @@ DRAWS = 8192
 
 
 @functools.cache
-def actor_trainer(levels, steps, rows):
-    """(critics, key) -> samples of the trained chain at the observations -1 and 1: `[2, DRAWS]`.
+def actor_trainer(levels, steps, rows, algorithm=BOLTZMANN, data=None):
+    """(critics, key) -> (samples of the trained chain at -1 and 1: `[2, DRAWS]`, the actor).
 
-    Only the actor is trained, on actions drawn uniformly from the box.
+    Only the actor is trained, on actions drawn uniformly from the box, or with the mean and
+    standard deviation `data`.
     """
-    algorithm = dataclasses.replace(BOLTZMANN, noise_levels=levels)
+    algorithm = dataclasses.replace(algorithm, noise_levels=levels)
     optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, steps))
 
     def train(critics, key):
@@ -291,6 +280,10 @@ def actor_trainer(levels, steps, rows):
             batch_key, actor_key = jr.split(key)
             batch = random_batch(LINE, rows, batch_key)
             batch = dataclasses.replace(batch, obs=jnp.sign(batch.obs))
+            if data is not None:
+                mean, std = data
+                action = mean + std * jr.normal(batch_key, (rows, 1))
+                batch = dataclasses.replace(batch, action=action)
             noised, level, target, _, _ = algorithm._actor_batch(
                 critics, jnp.zeros(()), jnp.zeros((), jnp.int32), batch, key=actor_key
             )
@@ -307,7 +300,7 @@ def actor_trainer(levels, steps, rows):
             return algorithm.chain.sample(actor, obs, key=key, noise_scale=1.0)
 
         obs, keys = jnp.array([[-1.0], [1.0]]), jr.split(sample_key, (2, DRAWS))
-        return jax.vmap(jax.vmap(sample, (None, 0)))(obs, keys)[..., 0]
+        return jax.vmap(jax.vmap(sample, (None, 0)))(obs, keys)[..., 0], actor
 
     return jax.jit(train)
 
@@ -325,7 +318,7 @@ def test_quadratic_critic_gives_its_truncated_gaussian(levels, steps, rows, tole
     # Q / tau = -(a - 0.3 s)^2 / (2 0.35^2): 2% of the Gaussian lies beyond the box
     spread, mode = 0.35, 0.3
     critics = frozen_critics([0.0, 0.0, -0.5 / spread**2, 0.0, 0.0], mode)
-    samples = np.asarray(actor_trainer(levels, steps, rows)(critics, jr.key(8)), np.float64)
+    samples = wide(actor_trainer(levels, steps, rows)(critics, jr.key(8))[0])
     truth = stats.truncnorm((-1.0 - mode) / spread, (1.0 - mode) / spread, mode, spread)
     # the two observations are mirror images
     folded = np.concatenate([-samples[0], samples[1]])
@@ -337,7 +330,7 @@ def test_quadratic_critic_gives_its_truncated_gaussian(levels, steps, rows, tole
 def test_two_modes_keep_their_mass():
     # Q / tau = -35 (a^2 - 0.5^2)^2: modes at -0.5 and 0.5, a ninth as likely in between
     critics = frozen_critics([-35.0, 0.0, 2 * 35.0 * 0.25, 0.0, -35.0 * 0.25**2], 0.0)
-    samples = np.asarray(actor_trainer(50, 2000, 128)(critics, jr.key(9)), np.float64)
+    samples = wide(actor_trainer(50, 2000, 128)(critics, jr.key(9))[0])
     grid = np.linspace(-1.0, 1.0, 4001)
     density = np.exp(-35.0 * (grid**2 - 0.25) ** 2)
     size = density @ np.abs(grid) / density.sum()
@@ -345,6 +338,82 @@ def test_two_modes_keep_their_mass():
         assert 0.35 < np.mean(row > 0.0) < 0.65
         # the modes stand where they should: the mean |a|, with the tolerance of a short training
         assert abs(np.abs(row).mean() / size - 1.0) < 0.1
+
+
+# What cloning adds --------------------------------------------------------------------------------
+
+CLONING = QSM(
+    preset="offline",
+    prediction="noise",
+    normalization="none",
+    temperature=1.0,
+    noise_levels=50,
+    hidden=(32, 32),
+)
+MEAN, STD = 0.2, 0.25  # of the data: three deviations of it lie in the box
+
+
+def exact_noise(noised, level, slope=0.0, curvature=0.0, cloned=1.0):
+    """What the network should say at a_t, where dQ/da = slope - curvature a."""
+    alpha, sigma = (column[0, 0] for column in marginal(CLONING, [level]))
+    of_data = sigma * (noised - alpha * MEAN) / ((alpha * STD) ** 2 + sigma**2)
+    return cloned * of_data - sigma * (slope - curvature * noised)
+
+
+def test_cloning_under_a_flat_critic_learns_the_score_of_the_noised_data():
+    train = actor_trainer(50, 2000, 128, CLONING, (MEAN, STD))
+    samples, actor = train(polynomial_critics([[0.0], [0.0]]), jr.key(30))
+    actor, quantiles = wide(actor), stats.norm.ppf(np.linspace(0.02, 0.98, 49))[:, None]
+    for level in range(CLONING.noise_levels):
+        alpha, sigma = (column[0, 0] for column in marginal(CLONING, [level]))
+        noised = alpha * MEAN + np.hypot(alpha * STD, sigma) * quantiles
+        learned = numpy_denoiser(actor, np.ones_like(noised), noised, level)
+        # of numbers of order one
+        assert np.sqrt(np.mean((learned - exact_noise(noised, level)) ** 2)) < 0.1, level
+    assert np.max(np.abs(np.mean(samples, axis=1) - MEAN)) < 0.02
+    assert np.max(np.abs(np.std(samples, axis=1) - STD)) < 0.02
+
+
+def exact_chain(**given):
+    """The mean and deviation of the chain whose network is `exact_noise`."""
+    beta, alpha, sigma = wide(tuple(CLONING.chain.tables))
+    random = np.random.default_rng(0)
+    noised = random.standard_normal(DRAWS)
+    for t in range(len(beta) - 1, -1, -1):
+        clean = (noised - sigma[t] * exact_noise(noised, t, **given)) / alpha[t]
+        before = alpha[t - 1] if t > 0 else 1.0
+        noised = np.sqrt(1.0 - beta[t]) * (1.0 - before**2) * noised
+        noised = (noised + before * beta[t] * np.clip(clean, -1.0, 1.0)) / sigma[t] ** 2
+        noised = noised + (t > 0) * np.sqrt(beta[t]) * random.standard_normal(DRAWS)
+    noised = np.clip(noised, -1.0, 1.0)
+    return np.array([np.mean(noised), np.std(noised)])
+
+
+@pytest.mark.parametrize(("slope", "curvature"), [(0.8, 0.0), (-6.4, 16.0)])
+def test_cloning_joins_the_data_and_the_critic(slope, curvature):
+    # two critics that differ, and whose mean it is
+    quadratics = [[-0.5 * curvature, slope + tilt, 0.0] for tilt in (1.0, -1.0)]
+    train = actor_trainer(50, 2000, 128, CLONING, (MEAN, STD))
+    samples, _ = train(polynomial_critics(quadratics), jr.key(31))
+    found = np.array([np.mean(samples), np.std(samples)])
+    critic = {"slope": slope, "curvature": curvature}
+    assert np.max(np.abs(found - exact_chain(**critic))) < 0.03
+    for name, wrong in {
+        "the critic alone": {"cloned": 0.0} | critic,
+        "the data alone": {},
+        "half the critic": {"slope": 0.5 * slope, "curvature": 0.5 * curvature},
+        "downhill": {"slope": -slope, "curvature": -curvature},
+    }.items():
+        assert np.max(np.abs(found - exact_chain(**wrong))) > 0.06, name
+
+    # The density of the data times exp(Q) has the same mean up to a factor. The gradient at the
+    # noised action is its score for little noise only: at more noise it pulls too far.
+    precision = STD**-2 + curvature
+    product = np.array([(MEAN * STD**-2 + slope) / precision, precision**-0.5])
+    ratio = (found[0] - MEAN) / (product[0] - MEAN)
+    assert 1.0 < ratio < 4.5
+    assert curvature == 0.0 or ratio < 1.3
+    assert 0.7 < found[1] / product[1] < 1.1
 
 
 # What the critics are regressed onto --------------------------------------------------------------

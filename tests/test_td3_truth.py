@@ -25,7 +25,7 @@ from helpers import (
 )
 
 from qscore import TD3, Host, Spec
-from qscore.algorithms.td3 import actor_loss, smoothed
+from qscore.algorithms.td3 import actor_loss, offline_actor_loss, smoothed
 from qscore.networks import DeterministicActor
 from qscore.optimize import gradient_step
 
@@ -169,6 +169,72 @@ def test_actors_gradient_is_that_of_the_first_critic():
             wrong = quotient(lambda actor, choose=choose: numpy_loss(actor, choose))
             caught[name] |= abs(slope - wrong) > 5e-3
     assert all(caught.values()), caught
+
+
+def test_offline_gradient_is_that_of_the_normalised_value_and_the_distance():
+    _, state, _ = setting()
+    critics = jax.tree.map(lambda leaf: 1.5 * leaf, state.critics)  # values far from size 1
+    batch, weight = random_batch(SPEC, ROWS, jr.key(12)), 0.4
+    loss = functools.partial(offline_actor_loss, bc_weight=weight)
+    gradient, metrics = quick_jit(jax.grad(loss, has_aux=True))(state.actor, critics, batch)
+    obs, recorded = wide(batch.obs), wide(batch.action)
+    first, second = unstack(critics)
+
+    def size(actor, critic=first):
+        return np.mean(np.abs(numpy_q(critic, obs, numpy_policy(actor, obs))))
+
+    held = size(wide(state.actor))
+
+    def numpy_loss(actor, critic=first, unit=lambda actor: held, reduce=np.mean, weight=weight):
+        action = numpy_policy(actor, obs)
+        value = np.mean(numpy_q(critic, obs, action)) / unit(actor)
+        return -value + weight * reduce((action - recorded) ** 2)
+
+    assert_close(metrics["actor_loss"], np.float64(numpy_loss(wide(state.actor))))
+    mutants = {
+        "the second critic": {"critic": second},
+        "the second critic's unit": {"unit": lambda actor: size(wide(state.actor), second)},
+        "a unit that is not held fixed": {"unit": size},
+        "no unit": {"unit": lambda actor: 1.0},
+        "away from the data": {"weight": -weight},
+        "no data": {"weight": 0.0},
+        "the sum over components": {"weight": SPEC.action_size * weight},
+        "the sum over the batch": {"reduce": np.sum},
+    }
+    caught = dict.fromkeys(mutants, False)
+    for seed in range(5):
+        slope, quotient = along(state.actor, gradient, jr.key(20 + seed))
+        assert abs(slope - quotient(numpy_loss)) < 1e-4
+        for name, mutant in mutants.items():
+            wrong = quotient(lambda actor, mutant=mutant: numpy_loss(actor, **mutant))
+            caught[name] |= abs(slope - wrong) > 5e-3
+    assert all(caught.values()), caught
+
+
+def test_flat_critics_leave_the_distance_alone():
+    _, state, _ = setting()
+    critics = jax.tree.map(jnp.zeros_like, state.critics)
+    batch = random_batch(SPEC, ROWS, jr.key(12))
+    loss = functools.partial(offline_actor_loss, bc_weight=0.4)
+    gradient, metrics = quick_jit(jax.grad(loss, has_aux=True))(state.actor, critics, batch)
+    distance = numpy_policy(wide(state.actor), wide(batch.obs)) - wide(batch.action)
+    assert_close(metrics["actor_loss"], 0.4 * np.mean(distance**2))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
+
+
+def test_cloning_weight_chooses_the_loss_of_an_update():
+    batch, key = random_batch(SPEC, ROWS, jr.key(12)), jr.key(15)
+    _, state, update = setting(policy_delay=1)
+    after, metrics = update(state, batch, key)
+    fields = {"preset": "offline", "normalize_observations": False, "policy_delay": 1}
+    _, _, plain = setting(bc_weight=0.0, **fields)
+    assert same(plain(state, batch, key), (after, metrics))  # weight 0 is TD3 itself
+    _, _, offline = setting(**fields)
+    cloned, offline_metrics = offline(state, batch, key)
+    expected, _ = offline_actor_loss(state.actor, cloned.critics, batch, bc_weight=0.4)
+    assert_close(offline_metrics["actor_loss"], expected)
+    assert same(cloned.critics, after.critics)  # they learn as before
+    assert not same(cloned.actor, after.actor)
 
 
 def test_actor_finds_the_peak_of_the_first_critic():
