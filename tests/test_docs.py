@@ -156,52 +156,36 @@ def limits(kind: type, name: str) -> str:
     return str(ranges[0]) if ranges else ""
 
 
-def test_the_table_of_qsm_has_every_field_with_its_presets_and_range():
-    rows = list(table(DOCS / "algorithms" / "qsm.md", "field", "official"))
-    assert [row["field"] for row in rows] == [f.name for f in dataclasses.fields(qs.QSM)]
-    default, official = qs.QSM(), qs.QSM(preset="official")
+@pytest.mark.parametrize("name", qs.ALGORITHMS)
+def test_the_table_of_an_algorithm_has_every_field_with_its_presets_and_range(name):
+    kind, page = qs.ALGORITHMS[name], DOCS / "algorithms" / f"{name}.md"
+    fields = [field.name for field in dataclasses.fields(kind)]
+    presets = get_args(get_type_hints(kind)["preset"]) if "preset" in fields else ()
+    others = {preset: kind(preset=preset) for preset in presets if preset != "default"}
+    rows = list(table(page, "field", "default", *others))
+    assert [row["field"] for row in rows] == fields
     for row in rows:
-        name = row["field"]
-        assert row["default"] == str(getattr(default, name)), name
-        assert (row["official"] or row["default"]) == str(getattr(official, name)), name
-        assert row["range"] == limits(qs.QSM, name), name
-        assert row["meaning"], name
+        field = row["field"]
+        assert row["default"] == str(getattr(kind(), field)), field
+        for preset, other in others.items():
+            assert (row[preset] or row["default"]) == str(getattr(other, field)), (preset, field)
+        assert row["range"] == limits(kind, field), field
+        assert row["meaning"], field
 
 
-def test_the_table_of_cqsm_has_every_field_with_its_presets_and_range():
-    rows = list(table(DOCS / "algorithms" / "cqsm.md", "field", "linear_quadratic"))
-    assert [row["field"] for row in rows] == [f.name for f in dataclasses.fields(qs.CQSM)]
-    default, other = qs.CQSM(), qs.CQSM(preset="linear_quadratic")
-    for row in rows:
-        name = row["field"]
-        assert row["default"] == str(getattr(default, name)), name
-        assert (row["linear_quadratic"] or row["default"]) == str(getattr(other, name)), name
-        assert row["range"] == limits(qs.CQSM, name), name
-
-
-BASELINES = pytest.mark.parametrize("kind", [qs.SAC, qs.TD3])
+BASELINES = pytest.mark.parametrize("name", ["sac", "td3", "diffusion_ql"])
 
 
 @BASELINES
-def test_the_table_of_a_baseline_has_every_field_with_its_range(kind):
-    rows = list(table(DOCS / "algorithms" / f"{kind.__name__.lower()}.md", "field", "default"))
-    assert [row["field"] for row in rows] == [field.name for field in dataclasses.fields(kind)]
-    for row in rows:
-        name = row["field"]
-        assert row["default"] == str(getattr(kind(), name)), name
-        assert row["range"] == limits(kind, name), name
-        assert row["meaning"], name
-
-
-@BASELINES
-def test_the_table_of_metrics_is_what_a_baseline_reports(kind):
-    spec, algorithm = qs.Spec(obs_size=3, action_size=2, dt=0.1), kind(hidden=(4, 4))
+def test_the_table_of_metrics_is_what_a_baseline_reports(name):
+    spec = qs.Spec(obs_size=3, action_size=2, dt=0.1)
+    algorithm = qs.ALGORITHMS[name](hidden=(4, 4))
     batch = replay.empty_rows(spec, 4)
 
     def metrics(key):
         return algorithm.update(algorithm.init(spec, key=key), batch, key=key)[1]
 
-    page = DOCS / "algorithms" / f"{kind.__name__.lower()}.md"
+    page = DOCS / "algorithms" / f"{name}.md"
     rows = {row["metric"] for row in table(page, "metric", "formula")}
     assert rows == set(jax.eval_shape(metrics, jr.key(0))) | {"episode_return"}
 
@@ -257,7 +241,7 @@ def test_the_table_of_metrics_is_what_qsm_reports():
 def flags() -> dict[str, set[str]]:
     """The flags of every command, from its own help."""
     found = {}
-    pairs = [["train", name, "Pendulum-v1"] for name in ("qsm", "sac", "td3")]
+    pairs = [["train", name, "Pendulum-v1"] for name in ("qsm", "sac", "td3", "diffusion_ql")]
     pairs.append(["train", "cqsm", "lq"])
     for command in (*pairs, *([name] for name in cli.SIMPLE)):
         with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as done:
@@ -295,7 +279,8 @@ def test_every_command_exists_with_its_flags(page, flags):
             known = environment in gym.registry or environment in qs.ENVIRONMENTS
             assert known or environment.startswith("dm_control/"), text
             if "--algorithm.preset" in options:
-                qs.QSM(preset=options[options.index("--algorithm.preset") + 1])  # pyright: ignore
+                preset = options[options.index("--algorithm.preset") + 1]
+                qs.ALGORITHMS[algorithm](preset=preset)
     every = set.union(*flags.values())
     for span in spans(page):
         if page.parent != ROOT and span.startswith("--"):

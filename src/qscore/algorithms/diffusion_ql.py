@@ -20,12 +20,13 @@ softmax over n of min_i Qbar_i(s, a_n). Their figures have N = 50; it is 1 here.
 
 Deviations from the paper's released code: (1) the time embedding is QSM's, learned Fourier features
 into (128, 128), where theirs is sinusoidal, 16 wide; (2) the average actor follows from the first
-update on, not from the thousandth; (3) where L_d is regressed, the critics have already stepped, as
-in their code, but the target critics follow before the actor's step, not after it (it does not see
-them); (4) layers start Glorot-uniform. Preset "official" is the code otherwise, with its gym tasks'
-usual settings; "default" is for learning online from scratch, where a replay buffer is no
-demonstration: `q_weight` is larger, and so is the rate at which the average follows; networks are
-(256, 256), the critics' activation is SiLU and no gradient is clipped.
+update on, not from the thousandth; (3) evaluation takes one sample of the average actor, where
+theirs draws from 50 of the actor itself; (4) step sizes decay at every update, theirs every
+thousand; (5) layers start Glorot-uniform. Preset "official" is the code otherwise, with its gym
+tasks' usual settings; "default" is for learning online from scratch, where a replay buffer is no
+demonstration: the value's unit is its gradient's size, and the average follows at every update;
+networks are (256, 256), the critics' activation is SiLU, no gradient is clipped and step sizes are
+constant.
 """
 
 from dataclasses import dataclass

@@ -27,10 +27,12 @@ self-normalised importance sampling: a_0^i from N(a_t / alpha_t, (sigma_t / alph
 the box, w = softmax(Q(s, a_0^i) / (tau c)). The second is its limit for little noise.
 
 With `bc_weight` w the target of the first two is eps* + w eps, eps being the noise that made a_t.
-The mean of eps given a_t is the score of the replayed actions' noised density mu, so the denoiser
-learns the score of mu^w exp(Q / (tau c)): what offline learning wants, since it leaves no mass
-where there are no data. Preset "offline" has w = 1; it also lets the chains keep their noise, as mu
-is not to be reduced to its middle, takes the smaller critic and explores no further than that.
+The mean of eps given a_t is -sigma_t times the score of the replayed actions' noised density mu, so
+the denoiser learns, for little noise, the score of mu^w exp(Q / (tau c)): what offline learning
+wants, since it leaves no mass where there are no data. At more noise g counts for too much, taken
+where mu no longer confines a_t, and the chain ends uphill of that density. Preset "offline" has
+w = 1; it also lets the chains keep their noise, as mu is not to be reduced to its middle, takes the
+smaller critic and explores no further than that.
 
 Deviations of the default preset from the paper: (1) the target is "normalized", not "gradient";
 (2) the network predicts the clean action, and is regressed onto the clean action that eps* implies,
