@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import qscore as qs
-from qscore import cli, replay
+from qscore import cli, datasets, replay
 from qscore.config import Range
 
 ROOT = Path(__file__).parents[1]
@@ -141,10 +141,52 @@ def test_every_field_of_a_run_folder_is_described(first_run):
     assert all(path.name in drawn for path in first_run.iterdir())
 
 
-def test_every_figure_of_an_evaluation_is_described(first_run):
+def test_every_figure_of_an_evaluation_is_described(first_run, tmp_path, monkeypatch):
+    monkeypatch.setitem(datasets.REFERENCES["d4rl"], "Pendulum", (-1400.0, -150.0))
     rows = table(DOCS / "evaluation.md", "field of --json")
     named = {name for row in rows for name in row["field of --json"].split(", ")}
-    assert set(qs.evaluate(first_run, episodes=1, best_of=2)) == named
+    best = qs.evaluate(first_run, episodes=1, best_of=2)
+    recorded = qs.evaluate(first_run, episodes=1, record=tmp_path / "data.npz")
+    assert set(best) | set(recorded) == named
+    assert keys(recorded["recorded"]) <= set(spans(DOCS / "evaluation.md"))
+
+
+def test_the_example_of_the_data_page_learns_and_its_fields_are_described(first_run, capsys):
+    with contextlib.chdir(first_run.parents[1]):
+        run_python(DOCS / "data.md")
+    size, episodes, *_ = capsys.readouterr().out.split()
+    assert (size, episodes) == ("1600", "8")  # of two seeds
+    described = set(spans(DOCS / "runs.md"))
+    folder = first_run.parent / "offline"
+    summary = json.loads((folder / "summary.json").read_text())
+    header = json.loads((folder / "checkpoints" / "300" / "header.json").read_text())
+    assert {"dataset", "mean_return"} <= keys(summary) <= described
+    assert isinstance(header["dataset"], str) and keys(header) <= described
+
+    with np.load(first_run.parents[1] / "data" / "first.npz") as archive:
+        held = dict(archive)
+    rows = table(DOCS / "data.md", "key", "shape")
+    named = {name for row in rows for name in row["key"].split(", ")}
+    assert named == set(held) == {*datasets.RECORDING_KEYS, "about"}
+    assert set(json.loads(str(held["about"]))) <= set(spans(DOCS / "data.md"))
+
+
+def test_the_tables_of_the_data_page_are_the_code():
+    for row in table(DOCS / "data.md", "flag", "default"):
+        field = cli.Eval.__dataclass_fields__[row["flag"].removeprefix("--").replace("-", "_")]
+        assert row["default"] == str(field.default)
+    named = {
+        (row["reference"], row["task"]): (float(row["low"]), float(row["high"]))
+        for row in table(DOCS / "data.md", "reference", "low")
+    }
+    assert named == {
+        (name, task): pair
+        for name, tasks in datasets.REFERENCES.items()
+        for task, pair in tasks.items()
+    }
+    presets = [name for name, kind in qs.ALGORITHMS.items() if "offline" in cli._presets(kind)]
+    assert presets == ["qsm", "td3"]
+    assert "QSM and TD3 have a preset `offline`" in (DOCS / "data.md").read_text()
 
 
 def limits(kind: type, name: str) -> str:
