@@ -370,6 +370,36 @@ def test_step_sizes_fall_to_zero_on_a_cosine():
 # Acting -------------------------------------------------------------------------------------------
 
 
+def test_exploring_adds_noise_to_the_actors_sample_and_evaluation_samples_the_average():
+    algorithm, state, _ = setting(exploration_noise=0.05)
+    state = dataclasses.replace(
+        state, actor=calm(state.actor), average_actor=calm(state.average_actor)
+    )
+    obs, keys = jnp.array([0.3, -0.8, 0.5]), jr.split(jr.key(1), 2000)
+
+    @quick_jit
+    def act(keys):
+        def one(key):
+            explored, evaluated = (
+                algorithm.act(state, (), obs, key=key, explore=explore)[0]
+                for explore in (True, False)
+            )
+            return explored, evaluated, jr.split(key, 3)[0]
+
+        return jax.vmap(one)(keys)
+
+    explored, evaluated, chain_keys = act(keys)
+    rows, noise = np.broadcast_to(wide(obs), (2000, 3)), chain_noise(chain_keys)
+    assert_close(evaluated, numpy_chain(wide(state.average_actor), rows, noise), **CHAINED)
+    sample = numpy_chain(wide(state.actor), rows, noise)
+    added = (wide(explored) - sample)[np.abs(sample) < 0.75]  # five deviations from the bounds
+    assert added.size > 300
+    # within four standard errors
+    assert abs(added.mean()) < 4.0 * 0.05 / np.sqrt(added.size)
+    assert abs(added.std() / 0.05 - 1.0) < 4.0 / np.sqrt(2 * added.size)
+    assert np.max(np.abs(explored)) <= 1.0
+
+
 @pytest.mark.parametrize("explore", [False, True])
 def test_best_of_draws_by_the_softmax_of_the_smaller_target_critic(explore):
     many, draws = 4, 4000

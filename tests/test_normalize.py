@@ -1,4 +1,4 @@
-"""Baselines see standardised observations: what they learn is what they would learn from those."""
+"""Algorithms see standardised observations: what they learn is what they would learn from those."""
 
 import dataclasses
 
@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from helpers import HIDDEN, assert_close, quick_jit, random_batch
 
-from qscore import SAC, TD3, Spec
+from qscore import SAC, TD3, DiffusionQL, Spec
 from qscore.normalize import Moments, observe, standardize
 
 SPEC = Spec(obs_size=3, action_size=2, dt=0.05)
 
 
-@pytest.mark.parametrize("kind", [SAC, TD3])
+@pytest.mark.parametrize("kind", [SAC, TD3, DiffusionQL])
 def test_update_and_act_see_standardised_observations(kind):
     scaled, plain = (kind(normalize_observations=on, hidden=HIDDEN) for on in (True, False))
     batch = random_batch(SPEC, 32, jr.key(0))
