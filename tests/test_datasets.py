@@ -412,6 +412,16 @@ def test_a_file_of_cut_rows_only_is_empty(tmp_path, task):
         datasets.load(path, task)
 
 
+def test_steps_of_unknown_length_are_no_irregular_ones(tmp_path):
+    environment = environment_class("pendulum_sde")(id="pendulum_sde", dt_min=0.01, dt_max=0.03)
+    task, held = environment.open(), columns(episodes(*LAYOUT))
+    shape = (len(held["rewards"]), task.spec.obs_size)
+    held |= {name: np.zeros(shape, np.float32) for name in ("observations", "next_observations")}
+    path = write_hdf5(tmp_path / "data.hdf5", held)
+    with pytest.raises(qs.UsageError, match="data.hdf5 does not say how long its steps were"):
+        datasets.load(path, task)
+
+
 def about(**changes):
     return lambda _: recording(episodes((1, "final")), **changes)["about"]
 
@@ -440,6 +450,7 @@ BAD_RECORDING: dict[str, tuple[dict[str, Any], str]] = {
         {"dt": put(2, 0.1)},
         "data.npz was recorded with steps of 0.1 s; the environment takes 0.05 s",
     ),
+    "no step": ({"dt": put(4, 0.0)}, "data.npz: `dt` must be above 0 s; the least is 0"),
     "width": (
         {"next_obs": lambda v: v[:, :1]},
         r"`next_obs` has shape \[14, 1\]; \[14, 3\] was expected",

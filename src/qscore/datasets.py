@@ -29,7 +29,7 @@ from jaxtyping import Bool, Float
 
 from qscore.environments.base import Episodic
 from qscore.errors import UsageError
-from qscore.types import Transition
+from qscore.types import Spec, Transition
 
 FORMAT = 1
 RECORDING_KEYS = ("obs", "action", "reward", "next_obs", "terminated", "truncated", "time", "dt")
@@ -163,6 +163,8 @@ def _read_recording(path: Path, task: Episodic) -> Dataset:
         _check_finite(path, name, values)
     one = np.ones(spec.action_size, np.float32)
     _check_bounds(path, "action", columns["action"], (-one, one))
+    if (columns["dt"] <= 0.0).any():
+        raise UsageError(f"{path}: `dt` must be above 0 s; the least is {columns['dt'].min():g}.")
     # a horizon that is no whole number of steps ends with a shorter one
     odd = columns["dt"][~np.isclose(columns["dt"], spec.dt) & ~terminated]
     if "dt" not in spec.clock and len(odd):
@@ -229,7 +231,7 @@ def _read_hdf5(path: Path, task: Episodic) -> Dataset:
     checked = {"observations": obs, "actions": action, "rewards": reward}
     for key, values in (checked | {"next_observations": next_obs}).items():
         _check_finite(path, key, values)
-    time, dt = _regular_clock(terminated | cut, spec.dt)
+    time, dt = _regular_clock(path, terminated | cut, spec)
     action = _unit_actions(path, "actions", action, task)
     rows = Transition(obs, action, reward, next_obs, terminated, time, dt)
     return _dataset(path, rows, terminated | cut, keep)
@@ -277,7 +279,7 @@ def _read_minari(folder: Path, task: Episodic) -> Dataset:
             _check_finite(folder, key, values)
         action = _unit_actions(folder, action_key, action, task)
         last = np.arange(count) == count - 1
-        time, dt = _regular_clock(last, spec.dt)
+        time, dt = _regular_clock(folder, last, spec)
         rows = Transition(obs[:-1], action, reward, obs[1:], terminated, time, dt)
         parts.append((rows, last))
     if not parts:
@@ -317,13 +319,18 @@ def _flat(source: Path, layout: dict[str, Any], values: Any) -> np.ndarray:
 
 
 def _regular_clock(
-    last: Bool[np.ndarray, " rows"], dt: float
+    source: Path, last: Bool[np.ndarray, " rows"], spec: Spec
 ) -> tuple[Float[np.ndarray, " rows"], Float[np.ndarray, " rows"]]:
-    """(time, dt) of rows that were recorded at regular steps of `dt` seconds."""
+    """(time, dt) of rows that were recorded at the environment's regular steps."""
+    if "dt" in spec.clock:
+        raise UsageError(
+            f"{source} does not say how long its steps were, and the environment's are irregular."
+        )
     index = np.arange(len(last))
     begins = np.insert(last[:-1], 0, True)[: len(last)]
     began = np.maximum.accumulate(np.where(begins, index, 0))
-    return ((index - began) * dt).astype(np.float32), np.full(len(last), dt, np.float32)
+    time = (index - began) * spec.dt
+    return time.astype(np.float32), np.full(len(last), spec.dt, np.float32)
 
 
 def _dataset(
