@@ -209,14 +209,14 @@ def test_learning_from_data_can_be_made_longer(tmp_path, data, monkeypatch):
 
     interrupt_at(150, monkeypatch)
     with pytest.raises(qs.Interrupted):
-        offline_run(tmp_path / "cut", data, online_steps=100)
+        offline_run(tmp_path / "cut", data, steps=250, online_steps=100)
     monkeypatch.undo()
-    with pytest.raises(qs.UsageError, match="`steps` is 200, but the run takes 300 on its data"):
+    with pytest.raises(qs.UsageError, match="`steps` is 200, but the run takes 250 on its data"):
         qs.resume(tmp_path / "cut", steps=200)
     # an end that was evaluated is not evaluated twice
-    run = qs.resume(tmp_path / "cut", steps=300, progress=False)
-    qs.resume(tmp_path / "cut", steps=300, progress=False)
-    assert [row["env_steps"] for row in lines(run.folder, "evals")] == [100, 200, 300]
+    run = qs.resume(tmp_path / "cut", steps=250, progress=False)
+    qs.resume(tmp_path / "cut", steps=250, progress=False)
+    assert [row["env_steps"] for row in lines(run.folder, "evals")] == [100, 200, 250]
 
 
 def test_a_run_finds_its_data_from_anywhere_and_refuses_other_ones(
