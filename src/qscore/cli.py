@@ -37,7 +37,8 @@ class Resume:
     run: tyro.conf.Positional[Path]
     """The run folder."""
     steps: int | None = None
-    """Environment steps of each seed in all, at least those already done; None is the run's own."""
+    """Steps of each seed in all, at least those already done; None is the run's own. After a data
+    set it is the online steps that change, if there are any."""
 
 
 @dataclass(frozen=True)

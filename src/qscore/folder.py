@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Settings:
-    """How long a run is, and what it records. Steps are environment steps of each seed."""
+    """How long a run is, and what it records. Steps are those of each seed."""
 
     steps: Annotated[int, Range(1)] = 100_000
     """Environment steps of each seed, in [1, inf); gradient steps where a data set is given."""
@@ -39,13 +39,13 @@ class Settings:
     seed_start: Annotated[int, Range(0)] = 0
     """The first seed, in [0, inf); the others follow."""
     eval_every: Annotated[int | None, Range(1)] = None
-    """Environment steps between evaluations, each with a checkpoint, in [1, inf). None is a
-    twentieth of the run."""
+    """Steps between evaluations, each with a checkpoint, in [1, inf). None is a twentieth of the
+    run."""
     eval_episodes: Annotated[int, Range(1)] = 10
     """Episodes per evaluation, in [1, inf), from the same starts every time."""
     log_every: Annotated[int | None, Range(1)] = None
-    """Environment steps between lines of training metrics, in [1, inf). None is 1000, or for our
-    own environments the chunk that they are trained in."""
+    """Steps between lines of training metrics, in [1, inf). None is 1000, or for our own
+    environments the chunk that they are trained in."""
     keep_checkpoints: Annotated[int, Range(1)] = 2
     """Newest checkpoints to keep, in [1, inf); they include the replay buffer."""
 
