@@ -22,7 +22,7 @@ Deviations from the paper's released code: (1) the time embedding is QSM's, lear
 into (128, 128), where theirs is sinusoidal, 16 wide; (2) the average actor follows from the first
 update on, not from the thousandth; (3) evaluation takes one sample of the average actor, where
 theirs draws from 50 of the actor itself; (4) step sizes decay at every update, theirs every
-thousand; (5) layers start Glorot-uniform. Preset "official" is the code otherwise, with its gym
+thousand; (5) layers start Glorot-uniform. Preset "offline" is the code otherwise, with its gym
 tasks' usual settings; "default" is for learning online from scratch, where a replay buffer is no
 demonstration: the value's unit is its gradient's size, and the average follows at every update;
 networks are (256, 256), the critics' activation is SiLU, no gradient is clipped and step sizes are
@@ -105,7 +105,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decay_steps": None,
         "hidden": (256, 256),
     },
-    "official": {
+    "offline": {
         "q_weight": 1.0,
         "normalization": "value",
         "average_every": 5,
@@ -123,9 +123,9 @@ ACTIVATIONS = {"relu": jax.nn.relu, "silu": jax.nn.silu, "mish": mish}
 class DiffusionQL:
     """Diffusion-QL: a diffusion model of the data's actions, pulled uphill through its chain."""
 
-    preset: Literal["default", "official"] = "default"
+    preset: Literal["default", "offline"] = "default"
     """Where fields that are not given take their values: `default` learns online from scratch,
-    `official` is the released code's setting for recorded data."""
+    `offline` is the released code's setting for recorded data."""
     q_weight: Annotated[float, Range(0)] = preset_field()
     """eta, the weight of the value term, in [0, inf), no unit. 0 is behaviour cloning."""
     normalization: Literal["value", "gradient"] = preset_field()
