@@ -539,7 +539,7 @@ class Session:
         """Continue from a snapshot. False where an environment did not repeat its episode."""
         self.env_steps, self.updates = counters["env_steps"], counters["updates"]
         self.sums, self.summed = dict(counters["sums"]), counters["summed"]
-        self.largest_reward = counters["largest_reward"]
+        self.largest_reward = counters.get("largest_reward", 0.0)  # older runs had none
         data = jax.tree.map(
             lambda saved, rows: rows.at[self.recorded : self.recorded + len(saved)].set(saved),
             arrays["replay"],
