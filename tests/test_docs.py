@@ -185,8 +185,8 @@ def test_the_tables_of_the_data_page_are_the_code():
         for task, pair in tasks.items()
     }
     presets = [name for name, kind in qs.ALGORITHMS.items() if "offline" in cli._presets(kind)]
-    assert presets == ["qsm", "td3"]
-    assert "QSM and TD3 have a preset `offline`" in (DOCS / "data.md").read_text()
+    assert presets == ["qsm", "td3", "diffusion_ql"]
+    assert "QSM, TD3 and Diffusion-QL have a preset `offline`" in (DOCS / "data.md").read_text()
 
 
 def limits(kind: type, name: str) -> str:
