@@ -273,8 +273,8 @@ class _Data:
                 finite_horizon=timed,
                 margin=0.0 if timed else margin,
             )
-            growth = float("nan") if timed else float(fit.growth_rate)
-            found = _Found(fit.theta, (), growth, float(fit.discount_rate), asked)
+            growth, rate = float(fit.growth_rate), float(fit.discount_rate)
+            found = _Found(fit.theta, (), growth, rate, asked)
         else:
             assert self.behaviour is not None
             sums = _martingale_loss(self.algorithm, self.state, self.rows, psi, self.behaviour)
