@@ -11,13 +11,11 @@ different `--seeds` or `--only` may share one file. `--table` prints what the fi
 """
 
 import argparse
-import fcntl
-import json
 import platform
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from curves import learning_curve, read, record
 
 from qscore import CQSM, QSM, Host
 from qscore.train_host import Session
@@ -78,31 +76,6 @@ CQSM_VARIANTS: dict[str, dict[str, Any]] = {
 ALGORITHMS: dict[str, Any] = {"qsm": (QSM, QSM_VARIANTS), "cqsm": (CQSM, CQSM_VARIANTS)}
 
 
-def measure(algorithm: Any, environment: str, steps: int, seed: int, every: int):
-    """Mean evaluation return by environment step of one training run."""
-    session = Session(algorithm, Host(environment), seed, steps=steps, eval_episodes=10)
-    curve = {}
-    while session.env_steps < steps:
-        session.advance(min(steps, (session.env_steps // every + 1) * every))
-        if session.env_steps % every == 0:
-            curve[str(session.env_steps)] = round(float(np.mean(session.evaluate(0)[0])), 1)
-    session.close()
-    return curve
-
-
-def record(file: Path, new: dict[str, Any]) -> dict[str, Any]:
-    """Add to what the file holds by now, and return all of it."""
-    with file.open("a+") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        stream.seek(0)
-        old = json.loads(stream.read() or "null") or new
-        for name, runs in new["variants"].items():
-            old["variants"].setdefault(name, {}).update(runs)
-        stream.truncate(0)
-        stream.write(json.dumps(old, indent=1) + "\n")
-    return old
-
-
 def table(results: dict[str, Any]) -> str:
     """The last evaluation of every variant and seed, as Markdown."""
     lines = ["| variant | last return, one per seed |", "|---|---|"]
@@ -131,9 +104,7 @@ def main() -> None:
     if unknown:
         parser.error(f"no variant {sorted(unknown)[0]!r}; there are {', '.join(variants)}")
     if args.table:
-        if not args.out.is_file():
-            parser.error(f"there is no file {args.out} to print a table of")
-        print(table(json.loads(args.out.read_text())))
+        print(table(read(args.out)))
         return
     about = {
         "algorithm": args.algorithm,
@@ -141,19 +112,20 @@ def main() -> None:
         "steps": args.steps,
         "machine": f"{platform.machine()}, one core per run",
     }
-    results = record(args.out, about | {"variants": {}})
-    for key, value in about.items():
-        if results[key] != value and key != "machine":
-            parser.error(
-                f"{args.out} holds {key} {results[key]!r}, not {value!r}; name another file"
-            )
+    results = record(args.out, about, {})
     for name in args.only or variants:
         for seed in args.seeds:
             if str(seed) in results["variants"].get(name, {}):
                 continue
-            algorithm = kind(**variants[name])
-            curve = measure(algorithm, args.environment, args.steps, seed, args.eval_every)
-            results = record(args.out, about | {"variants": {name: {str(seed): curve}}})
+            session = Session(
+                kind(**variants[name]),
+                Host(args.environment),
+                seed,
+                steps=args.steps,
+                eval_episodes=10,
+            )
+            curve = learning_curve(session, args.steps, args.eval_every)
+            results = record(args.out, about, {name: {str(seed): curve}})
     print(table(results))
 
 

@@ -31,7 +31,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from ablation import record
+from curves import learning_curve, read, record
 
 from qscore import SAC, TD3, Host
 from qscore.statistics import summarize
@@ -49,13 +49,7 @@ def ours(algorithm: str, task: str, steps: int, seed: int, every: int) -> dict[s
     session = Session(
         kind(warmup_steps=WARMUP), Host(task), seed, steps=steps, eval_episodes=EPISODES
     )
-    curve = {}
-    while session.env_steps < steps:
-        session.advance((session.env_steps // every + 1) * every)
-        if session.env_steps % every == 0:
-            curve[str(session.env_steps)] = round(float(np.mean(session.evaluate(0)[0])), 1)
-    session.close()
-    return curve
+    return learning_curve(session, steps, every)
 
 
 def make_theirs(library: str, algorithm: str, task: str, seed: int) -> Any:
@@ -206,9 +200,7 @@ def main() -> None:
 
     machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"
     if args.table:
-        if not args.out.is_file():
-            parser.error(f"there is no file {args.out} to print a table of")
-        print(table(json.loads(args.out.read_text())))
+        print(table(read(args.out)))
         return
     if args.steps % args.eval_every:
         parser.error(f"--steps must be a multiple of --eval-every; {args.steps} is not")
@@ -219,9 +211,7 @@ def main() -> None:
         print(text)
         return
     about = {"steps": args.steps, "machine": f"{platform.machine()}, one core per run"}
-    results = record(args.out, about | {"variants": {}})
-    if results["steps"] != args.steps:
-        parser.error(f"{args.out} holds steps {results['steps']}; name another file")
+    results = record(args.out, about, {})
     for seed in args.seeds:
         for task in args.tasks:
             for algorithm in args.algorithms:
@@ -231,7 +221,7 @@ def main() -> None:
                         continue
                     request = (algorithm, task, args.steps, seed, args.eval_every)
                     curve = ours(*request) if library == "qscore" else theirs(library, *request)
-                    results = record(args.out, about | {"variants": {name: {str(seed): curve}}})
+                    results = record(args.out, about, {name: {str(seed): curve}})
                     print(f"{name}, seed {seed}: {curve}", flush=True)
     print(table(results))
 

@@ -17,14 +17,13 @@ A medium data set is recorded from a policy at about a third of its final return
 """
 
 import argparse
-import json
 import platform
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ablation import record
 from baselines import table
+from curves import learning_curve, read, record
 
 from qscore import QSM, TD3, DiffusionQL, Host, datasets
 from qscore.train_host import Session
@@ -51,13 +50,7 @@ def measure(
         data=data.rows,
         offline_steps=steps,
     )
-    curve = {}
-    while session.env_steps < steps:
-        session.advance((session.env_steps // every + 1) * every)
-        if session.env_steps % every == 0:
-            curve[str(session.env_steps)] = round(float(np.mean(session.evaluate(0)[0])), 1)
-    session.close()
-    return curve
+    return learning_curve(session, steps, every)
 
 
 def main() -> None:
@@ -75,9 +68,7 @@ def main() -> None:
     args = parser.parse_args()
 
     if args.table:
-        if not args.out.is_file():
-            parser.error(f"there is no file {args.out} to print a table of")
-        print(table(json.loads(args.out.read_text())))
+        print(table(read(args.out)))
         return
     if args.steps % args.eval_every:
         parser.error(f"--steps must be a multiple of --eval-every; {args.steps} is not")
@@ -95,17 +86,14 @@ def main() -> None:
         "steps": args.steps,
         "machine": f"{platform.machine()}, one core per run",
     }
-    results = record(args.out, about | {"variants": {}})
-    for key in ("environment", "data", "steps"):
-        if results[key] != about[key]:
-            parser.error(f"{args.out} holds {key} {results[key]!r}, not {about[key]!r}")
+    results = record(args.out, about, {})
     for seed in args.seeds:
         for name in args.only:
             if str(seed) in results["variants"].get(name, {}):
                 continue
             request = (args.environment, data, args.steps, seed, args.eval_every)
             curve = measure(VARIANTS[name], *request)
-            results = record(args.out, about | {"variants": {name: {str(seed): curve}}})
+            results = record(args.out, about, {name: {str(seed): curve}})
             print(f"{name}, seed {seed}: {curve}", flush=True)
     print(f"behaviour: {about['data']['mean_return']}")
     print(table(results))
