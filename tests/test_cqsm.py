@@ -32,8 +32,17 @@ def test_features_learn_the_closed_form(sessions, seed):
     session = sessions[seed]
     comparison = compare(session.algorithm, LQ(id="lq"), session.runner.agent)
     error = comparison.relative_error
-    assert max(error.values()) < 0.04, error
-    assert 0.0 <= comparison.return_gap < 2e-3
+    assert max(error.values()) < 0.02, error
+    assert 0.0 <= comparison.return_gap < 2e-4
+
+
+def test_features_learn_a_problem_that_says_little_in_a_step():
+    # unstable, multiplicative noise, feedback gains of 8: unweighted or stale sums run away here
+    environment = LQ(id="lq", problem=(EXAMPLES / "four_states.json").read_text())
+    session = learn(environment, qs.CQSM(preset="linear_quadratic"), seed=1, steps=STEPS)
+    comparison = compare(session.algorithm, environment, session.runner.agent)
+    assert comparison.relative_error["score"] < 0.1, comparison.relative_error
+    assert 0.0 <= comparison.return_gap < 0.03
 
 
 def test_comparison_sees_a_wrong_score(sessions):
@@ -50,7 +59,7 @@ def test_irregular_steps_learn_it_too():
     environment = LQ(id="lq", dt_min=0.002, dt_max=0.018)
     session = learn(environment, qs.CQSM(preset="linear_quadratic"), steps=STEPS)
     error = compare(session.algorithm, environment, session.runner.agent).relative_error
-    assert max(error.values()) < 0.06, error
+    assert max(error.values()) < 0.04, error
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from helpers import assert_close
 
 from qscore import lq, martingale
-from qscore.algorithms.cqsm import quadratic_features
+from qscore.algorithms.cqsm import moved_features, quadratic_features
 
 PROBLEM = lq.Problem.from_json(
     json.dumps(
@@ -222,6 +222,99 @@ def test_variance_weights_are_floored():
     # an estimate of the variance that is negative everywhere says nothing
     lost = martingale.variance_weight(jnp.array([-1.0, -2.0]))
     assert_close(lost / jnp.mean(lost), jnp.ones(2))
+
+
+def test_coupled_sums_say_the_same_of_every_score():
+    rng = np.random.default_rng(12)
+    rows, cost, beta, penalty = 64, 0.3, 0.4, 0.7
+    x, x_next, a = (jnp.asarray(rng.standard_normal((rows, 2)), jnp.float32) for _ in range(3))
+    rate = jnp.asarray(rng.standard_normal(rows), jnp.float32)
+    moved = moved_features(2, 2)
+    assert len(moved) == 9  # a, a x and a a
+    then, now = jnp.asarray(rng.standard_normal((2, 15)), jnp.float32)
+    score_cost = jnp.asarray(cost)
+
+    def accumulated(theta, dt, coupled):
+        def phi_of(x, a):
+            return quadratic_features(x, a, 0)
+
+        psi = jax.vmap(jax.grad(lambda a, x: phi_of(x, a) @ theta / cost))(a, x_next)
+        slope = jax.vmap(jax.jacobian(phi_of, argnums=1))(x_next, a)
+        phi, ahead = jax.vmap(phi_of)(x, a), jax.vmap(phi_of)(x_next, a + dt * psi)
+        net = rate - penalty * 0.5 * cost * jnp.sum(psi**2, axis=1)
+        if coupled:
+            ahead, net = ahead - dt * jnp.einsum("bfa,ba->bf", slope, psi), rate
+        return martingale.accumulate(
+            martingale.LeastSquares.zeros(15, len(moved) if coupled else None),
+            phi,
+            phi,
+            ahead,
+            net,
+            jnp.full(rows, dt),
+            keep=jnp.ones(()),
+            discount_rate=beta,
+            slope=slope[:, moved] if coupled else None,
+        )
+
+    def under(added, asked, dt):
+        return accumulated(added, dt, True).under(
+            asked[moved],
+            moved,
+            score_cost=score_cost,
+            penalty=penalty,
+            discount_rate=beta,
+            dt=jnp.asarray(dt),
+        )
+
+    exact = accumulated(now, 0.01, False)
+    same = under(now, now, 0.01)
+    assert_close(same.loss, exact.loss, loosen=300.0, why="differences over dt")
+    assert_close(same.gain, exact.gain, loosen=30.0, why="sums of squares")
+    # rows of another score: what is left is of second order in a step
+    off = [
+        float(jnp.linalg.norm(under(then, now, dt).loss - accumulated(now, dt, False).loss))
+        for dt in (0.01, 0.005)
+    ]
+    assert off[1] == pytest.approx(0.5 * off[0], rel=0.05)
+    assert_close(under(then, now, 0.01).gain, exact.gain, loosen=30.0, why="sums of squares")
+    wrong = accumulated(then, 0.01, False)
+    assert off[0] < 0.1 * float(jnp.linalg.norm(wrong.loss - exact.loss))
+
+
+def test_the_fitted_diffusion_gives_the_variance_of_increments():
+    rng = np.random.default_rng(13)
+    rows, dt = 20_000, 0.01
+    z = rng.standard_normal((rows, 3))
+    # two states; the noise grows with state and action, so the variance is of the fourth degree
+    C = rng.standard_normal((2, 3))
+    spread = z @ C.T + 0.3
+    change = 0.1 * math.sqrt(dt) * spread * rng.standard_normal((rows, 1)) + 0.2 * z[:, :2] * dt
+    gradient = z @ rng.standard_normal((3, 2))
+    exact = 0.01 * np.sum(gradient * spread, axis=1) ** 2
+    phi = jax.vmap(lambda z: quadratic_features(z[:2], z[2:], 0))(jnp.asarray(z, jnp.float32))
+    weight, _ = martingale.DiffusionFit.zeros(10, 2).weights(
+        phi,
+        jnp.asarray(gradient, jnp.float32),
+        jnp.asarray(change, jnp.float32),
+        jnp.full(rows, dt),
+        keep=jnp.ones(()),
+    )
+    weight = np.asarray(weight)
+    assert np.mean(weight) == pytest.approx(1.0, rel=1e-4)
+    leverage = np.asarray(martingale.leverage(phi))
+    floor = martingale.LEVERAGE_FLOOR * np.mean(exact / leverage) * leverage
+    assert 0.1 < np.mean(exact < floor) < 0.4  # the floor is at work, and not everywhere
+    floored = np.maximum(exact, floor)
+    assert np.corrcoef(np.log(weight), np.log(floored))[0, 1] < -0.97
+    large = floored > np.median(floored)
+    low, high = np.quantile((weight * floored)[large], [0.05, 0.95])
+    assert high < 1.6 * low
+    # before anything is known of Q, rows count by their size alone
+    blind, _ = martingale.DiffusionFit.zeros(10, 2).weights(
+        phi, jnp.zeros((rows, 2)), jnp.zeros((rows, 2)), jnp.full(rows, dt), keep=jnp.ones(())
+    )
+    flat = np.asarray(blind) * leverage
+    assert np.max(flat) < 1.001 * np.min(flat)
 
 
 def test_leverage_is_in_units_of_typical_rows():

@@ -25,16 +25,17 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from qscore.types import AnyArray
 
 FLOOR = 0.1
 """Least conditional variance that a weighted test function divides by, as a share of the mean."""
 
-LARGEST_LEVERAGE = 30.0
-"""Rows of larger features count less, in proportion: with multiplicative noise the state's tails
-are so heavy that averages of its fourth powers would never settle."""
+LEVERAGE_FLOOR = 0.03
+"""The same for linear features, as a share of the variance that is usual at a row's `leverage`: it
+grows with the fourth power of the state, so that a plain mean is that of the tails."""
 
 
 def span(
@@ -166,24 +167,64 @@ class VarianceFit(eqx.Module):
         dt: Float[Array, " batch"],
         *,
         keep: Float[Array, ""],
-        heavy_tails: bool = False,
-        shift: float = 0.0,
+        shift: float,
     ) -> tuple[Float[Array, " batch"], "VarianceFit"]:
         """1 / (v + shift mean(v)), scaled to mean 1, and the sums after this batch.
 
-        With `heavy_tails`, rows of large features count less in the regression and in the result.
         Without the shift, networks learn too little where v is large, and can run away there.
         """
-        size = leverage(phi) if heavy_tails else jnp.ones(phi.shape[0])
-        # dM^2 scatters with the square of its own mean, which grows as the features do
-        light = (1.0 / size / jnp.sum(1.0 / size))[:, None]
-        gram = keep * self.gram + (light * phi).T @ phi
-        gain = keep * self.gain + (light * phi).T @ (increment**2 / dt)
+        share = phi / phi.shape[0]
+        gram = keep * self.gram + share.T @ phi
+        gain = keep * self.gain + share.T @ (increment**2 / dt)
         unit, scaled = unit_diagonal(gram, ridge=1e-4)
         variance = jnp.maximum(phi @ (unit * jnp.linalg.solve(scaled, unit * gain)), 0.0)
         weight = variance_weight(variance + shift * jnp.mean(variance))
-        weight = weight * jnp.minimum(1.0, LARGEST_LEVERAGE / size)
         return jnp.asarray(weight / jnp.mean(weight)), VarianceFit(gram, gain)
+
+
+class DiffusionFit(eqx.Module):
+    """Running sums of a regression of dx dx' / dt on quadratic features: the diffusion S S'.
+
+    With a gradient of Q it gives the variance of dM, (grad_x Q)' S S' grad_x Q per second. For a
+    quadratic Q that is of the fourth degree in the state, out of reach of a regression of dM^2 on
+    quadratic features.
+    """
+
+    gram: Float[Array, "features features"]
+    gain: Float[Array, "features obs obs"]
+
+    @staticmethod
+    def zeros(size: int, obs_size: int) -> "DiffusionFit":
+        """Nothing seen yet."""
+        return DiffusionFit(1e-6 * jnp.eye(size), jnp.zeros((size, obs_size, obs_size)))
+
+    def weights(
+        self,
+        phi: Float[Array, "batch features"],
+        gradient: Float[Array, "batch obs"],
+        change: Float[Array, "batch obs"],
+        dt: Float[Array, " batch"],
+        *,
+        keep: Float[Array, ""],
+    ) -> tuple[Float[Array, " batch"], "DiffusionFit"]:
+        """1 / v for v = (grad_x Q)' S S' grad_x Q, scaled to mean 1, and the sums after this batch.
+
+        `gradient` is grad_x Q where a step began, and `change` what it added to the observation.
+        """
+        size = leverage(phi)
+        # dx dx' scatters with the square of its own mean, which grows as the features do
+        light = (1.0 / size / jnp.sum(1.0 / size))[:, None]
+        squares = change[:, :, None] * change[:, None] / dt[:, None, None]
+        gram = keep * self.gram + (light * phi).T @ phi
+        gain = keep * self.gain + jnp.tensordot((light * phi).T, squares, axes=1)
+        unit, scaled = unit_diagonal(gram, ridge=1e-4)
+        flat = unit[:, None] * gain.reshape(len(unit), -1)
+        theta = unit[:, None] * jnp.linalg.solve(scaled, flat)
+        diffusion = (phi @ theta).reshape(squares.shape)
+        v = jnp.maximum(jnp.einsum("bi,bij,bj->b", gradient, diffusion, gradient), 0.0)
+        usual = jnp.mean(v / size) + 1e-12
+        weight = 1.0 / jnp.maximum(v, LEVERAGE_FLOOR * usual * size)
+        return weight / jnp.mean(weight), DiffusionFit(gram, gain)
 
 
 def mean_over_noise(
@@ -302,17 +343,48 @@ class LeastSquares(eqx.Module):
     - `loss`: E xi (phi - e^{-beta dt} phi')' / dt.
     - `gram`: E xi phi'.
     - `gain`: E xi (r - penalty) span / dt.
+    - `coupling`: E xi_k (grad_a phi_i . grad_a phi_j) at the next observation, over the features i
+      and j that depend on the action: what `under` needs. None where the score is part of the sums.
     """
 
     loss: Float[Array, "params params"]
     gram: Float[Array, "params params"]
     gain: Float[Array, " params"]
+    coupling: Float[Array, "params moved moved"] | None = None
 
     @staticmethod
-    def zeros(size: int) -> "LeastSquares":
-        """Nothing seen yet."""
+    def zeros(size: int, moved: int | None = None) -> "LeastSquares":
+        """Nothing seen yet; coupled if `moved` features depend on the action."""
         square = (size, size)
-        return LeastSquares(jnp.zeros(square), jnp.zeros(square), jnp.zeros(size))
+        coupling = None if moved is None else jnp.zeros((size, moved, moved))
+        return LeastSquares(jnp.zeros(square), jnp.zeros(square), jnp.zeros(size), coupling)
+
+    def under(
+        self,
+        potential: Float[Array, " moved"],
+        moved: Int[np.ndarray, " moved"],
+        *,
+        score_cost: Float[Array, ""],
+        penalty: float,
+        discount_rate: Float[Array, ""] | float,
+        dt: Float[Array, ""],
+    ) -> "LeastSquares":
+        """The equations for the score grad_a (potential . phi) / lambda, from coupled sums.
+
+        A score adds dt Psi . grad_a phi' to phi', to first order in the step, and it costs
+        lambda/2 |Psi|^2. Both are sums over the data times coefficients of the score: rows that
+        were added under another score say as much about this one. `moved` are the features that
+        depend on the action, `penalty` is the share of the cost that is charged, and `dt` stands
+        for every row's step in the discount within it.
+        """
+        assert self.coupling is not None
+        drift = self.coupling @ (potential / score_cost)
+        cost = 0.5 * penalty * drift @ potential
+        return LeastSquares(
+            loss=self.loss.at[:, moved].add(-jnp.exp(-discount_rate * dt) * drift),
+            gram=self.gram,
+            gain=self.gain - cost * span(discount_rate, dt) / dt,
+        )
 
 
 def accumulate(
@@ -325,19 +397,28 @@ def accumulate(
     *,
     keep: Float[Array, ""],
     discount_rate: Float[Array, ""] | float,
+    slope: Float[AnyArray, "batch moved act"] | None = None,
 ) -> LeastSquares:
     """Add a batch of steps; what was there counts `keep` times as much.
 
-    `net_rate` is the reward rate less the penalty rate.
+    `net_rate` is the reward rate less the penalty rate. Coupled sums take the reward rate alone,
+    phi' without the first order of what the score adds to it, and `slope`, grad_a of those phi'
+    that depend on the action.
     """
     rows = dt.shape[0]
     # in the form of a difference: phi and phi' agree to O(sqrt(dt)), and float32 must see the rest
     change = phi - phi_next - jnp.expm1(-discount_rate * dt)[:, None] * phi_next
     gain = net_rate * span(discount_rate, dt) / dt
+    coupling = sums.coupling
+    if coupling is not None:
+        assert slope is not None
+        pairs = jnp.sum(slope[:, :, None] * slope[:, None], axis=-1).reshape(rows, -1)
+        coupling = keep * coupling + (test.T @ pairs / rows).reshape(coupling.shape)
     return LeastSquares(
         loss=keep * sums.loss + test.T @ (change / dt[:, None]) / rows,
         gram=keep * sums.gram + test.T @ phi / rows,
         gain=keep * sums.gain + test.T @ gain / rows,
+        coupling=coupling,
     )
 
 

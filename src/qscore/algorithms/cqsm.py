@@ -22,8 +22,9 @@ dM is noise of that order.
 
 Two critics stand behind one interface, a function of (observation, action):
 `critic="features"` is quadratic in (x, a), with coefficients from least squares under forgetting;
-the score is the gradient of another quadratic, which relaxes to the critic's. It is exact where the
-problem is linear-quadratic. `critic="network"` is an ensemble of networks learned by Adam.
+the score is the gradient of another quadratic, which relaxes to the critic's. The sums are kept
+apart from the score, so that all that is remembered evaluates the present one. It is exact where
+the problem is linear-quadratic. `critic="network"` is an ensemble of networks learned by Adam.
 
 Deviations from the paper: (1) the next action is re-simulated, which makes replay valid; (2) the
 score cost can be tied to the running size of the critic's gradient (`cost_unit`), as a fixed one
@@ -40,13 +41,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from qscore import martingale
 from qscore.algorithms.base import saturation
 from qscore.config import Range, preset_field, resolve_preset, validate
-from qscore.martingale import LeastSquares, VarianceFit
+from qscore.martingale import DiffusionFit, LeastSquares, VarianceFit
 from qscore.networks import MLP, mean_q
 from qscore.normalize import Moments, observe, standardize
 from qscore.optimize import gradient_step, move_target
@@ -68,7 +70,10 @@ TIME_DEGREE = 8
 makes for fast changes near the end."""
 
 FINITE_WINDOW = 0.2
-"""Over a finite horizon only an episode's last step says where Q ends, and those are few."""
+"""Largest `window` over a finite horizon, where the sums contain the scores of their time."""
+
+VARIANCE_WINDOW = 0.1
+"""The same for the variance of a network critic's increments, which changes as the critic does."""
 
 FINITE_CAUTION = 5.0
 """1/s; how much more the future is discounted over a finite horizon when learning begins."""
@@ -102,6 +107,13 @@ def quadratic_features(
     return (jnp.cos(jnp.arange(time_degree + 1.0) * angle)[:, None] * phi[None]).ravel()
 
 
+def moved_features(obs_size: int, action_size: int) -> Int[np.ndarray, " moved"]:
+    """Which of the `quadratic_features` without time depend on the action."""
+    size = obs_size + action_size
+    _, j = np.triu_indices(size)
+    return np.flatnonzero(np.concatenate([[-1], np.arange(size), j]) >= obs_size)
+
+
 class ScoreMLP(eqx.Module):
     """Psi(x, a) as a network on standardised inputs, in units of `Constants.speed`."""
 
@@ -126,10 +138,10 @@ class NetworkQ(eqx.Module):
 
 
 class FeatureLearner(eqx.Module):
-    """Sums behind a linear critic; `variance` is fitted for weighted test functions."""
+    """Sums behind a linear critic; `diffusion` is fitted for weighted test functions."""
 
     sums: LeastSquares
-    variance: VarianceFit | None
+    diffusion: DiffusionFit | None
 
 
 class NetworkLearner(eqx.Module):
@@ -253,9 +265,9 @@ class CQSM:
     """Take the simulated action noise's known effect off dM. For features this is exact."""
     relaxation_rate: Annotated[float, Range(0, low_open=True)] = 2.0
     """Rate at which a feature score follows grad_a Q / lambda, in (0, inf), 1/s."""
-    window: Annotated[float, Range(0, 1, low_open=True)] = 0.1
+    window: Annotated[float, Range(0, 1, low_open=True)] = 0.5
     """Share of all experience that the least squares remember, in (0, 1]; over a finite horizon at
-    least 0.2."""
+    most 0.2."""
     critics: Annotated[int, Range(1, 10)] = preset_field()
     """Network critics, in [1, 10]; the smallest makes the target, their mean the gradient."""
     target_rate: Annotated[float | None, Range(0, low_open=True)] = preset_field()
@@ -334,8 +346,14 @@ class CQSM:
             critic: Any = Quadratic(jnp.zeros(n), time_degree)
             score: Any = Quadratic(jnp.zeros(n), time_degree)
             weighted = self.test_function == "weighted"
-            variance = VarianceFit.zeros(n // (time_degree + 1)) if weighted else None
-            learner: Any = FeatureLearner(LeastSquares.zeros(n), variance)
+            states = size - ("time" in spec.clock)
+            diffusion = DiffusionFit.zeros(n // (time_degree + 1), states) if weighted else None
+            learner: Any = FeatureLearner(
+                LeastSquares.zeros(
+                    n, None if time_degree else len(moved_features(size, spec.action_size))
+                ),
+                diffusion,
+            )
         else:
             moments = Moments.unit(size + spec.action_size)
             sizes = (size + spec.action_size, *self.hidden)
@@ -486,11 +504,6 @@ class CQSM:
             average = state.score
         return eqx.tree_at(lambda s: s.average_score, state, average), metrics
 
-    def keep(self, state: CQSMState, seconds: Float[Array, ""]) -> Float[Array, ""]:
-        """What running sums keep while `seconds` more are learned from."""
-        window = max(self.window, FINITE_WINDOW) if "time" in state.clock else self.window
-        return jnp.exp(-seconds / (window * jnp.maximum(state.learned, seconds)))
-
     def _learn_features(self, state: CQSMState, batch: Transition, *, key: Key):
         constants, cost = state.constants, self.cost(state)
         learner: Any = state.learner
@@ -511,10 +524,11 @@ class CQSM:
             else:
                 moved = drifted + noise @ jr.normal(key, action.shape)
                 phi_next = phi_of(next_obs, moved)
-            return phi_of(obs, action), phi_next, 0.5 * cost * jnp.sum(psi**2)
+            slope = jax.jacobian(phi_of, argnums=1)(next_obs, action)
+            return phi_of(obs, action), phi_next, 0.5 * cost * jnp.sum(psi**2), slope, slope @ psi
 
         keys = jr.split(key, batch.reward.shape[0])
-        phi, phi_next, penalty = jax.vmap(ahead)(
+        phi, phi_next, penalty, slope, push = jax.vmap(ahead)(
             batch.obs, batch.next_obs, batch.action, batch.dt, keys
         )
         phi_next = alive[:, None] * phi_next
@@ -529,25 +543,46 @@ class CQSM:
             discount_rate=constants.discount_rate,
         )
         seconds = jnp.mean(batch.dt)
-        keep = self.keep(state, seconds)
-        weight, variance = jnp.ones_like(net), learner.variance
-        if variance is not None:
+        window = min(self.window, FINITE_WINDOW) if time_degree else self.window
+        keep = kept(window, state, seconds)
+        weight, diffusion = jnp.ones_like(net), learner.diffusion
+        if diffusion is not None:
             untimed = phi[:, : phi.shape[1] // (time_degree + 1)]  # those times T_0 = 1
-            weight, variance = variance.weights(
-                untimed, increment, batch.dt, keep=keep, heavy_tails=True
+            states = batch.obs.shape[1] - (time_degree > 0)
+            weight, diffusion = diffusion.weights(
+                untimed,
+                jax.vmap(jax.grad(critic))(batch.obs, batch.action)[:, :states],
+                (batch.next_obs - batch.obs)[:, :states],
+                batch.dt,
+                keep=keep,
             )
-        sums = martingale.accumulate(
+        reward_rate = net
+        if not time_degree:  # without the present score's part, which `under` adds for any score
+            phi_next = phi_next - (batch.dt * alive)[:, None] * push
+            reward_rate = batch.reward / batch.dt
+        moved = moved_features(batch.obs.shape[1], batch.action.shape[1])
+        sums = equations = martingale.accumulate(
             learner.sums,
             weight[:, None] * phi,
             phi,
             phi_next,
-            net,
+            reward_rate,
             batch.dt,
             keep=keep,
             discount_rate=constants.discount_rate,
+            slope=None if time_degree else alive[:, None, None] * slope[:, moved],
         )
+        if not time_degree:
+            equations = sums.under(
+                state.score.theta[moved],  # pyright: ignore[reportAttributeAccessIssue]
+                moved,
+                score_cost=cost,
+                penalty=self.penalty,
+                discount_rate=constants.discount_rate,
+                dt=seconds,
+            )
         fit = martingale.solve(
-            sums,
+            equations,
             discount_rate=constants.discount_rate,
             finite_horizon=bool(time_degree),
             margin=(FINITE_CAUTION if time_degree else 1.0)
@@ -570,7 +605,7 @@ class CQSM:
         state = eqx.tree_at(
             lambda s: (s.critic, s.score, s.learner, s.gradient_scale),
             state,
-            (Quadratic(theta, time_degree), score, FeatureLearner(sums, variance), scale),
+            (Quadratic(theta, time_degree), score, FeatureLearner(sums, diffusion), scale),
         )
         metrics = {
             "critic_loss": jnp.mean(increment**2 / batch.dt),
@@ -637,7 +672,7 @@ class CQSM:
             phi = jax.vmap(lambda z: quadratic_features(standardize(moments, z), z[:0], 0))(inputs)
             rms = jnp.sqrt(jnp.mean(dm**2, axis=0))
             weight, variance = variance.weights(
-                phi, rms, batch.dt, keep=self.keep(state, seconds), shift=1.0
+                phi, rms, batch.dt, keep=kept(VARIANCE_WINDOW, state, seconds), shift=1.0
             )
 
         def critic_loss(mlps: Any):
@@ -693,3 +728,8 @@ class CQSM:
             "penalty_rate": jnp.mean(penalty),
             "action_saturation": saturation(batch.action),
         }
+
+
+def kept(window: float, state: CQSMState, seconds: Float[Array, ""]) -> Float[Array, ""]:
+    """Weight of what running sums contain when `seconds` more have been learned from."""
+    return jnp.exp(-seconds / (window * jnp.maximum(state.learned, seconds)))
