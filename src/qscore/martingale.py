@@ -333,7 +333,7 @@ def off_policy_fixed_point(sums: PathSums, *, rounds: int, ridge: float = 1e-6) 
     return FixedPoint(theta, changes)
 
 
-STEEP = 0.2
+STEEP = 0.05
 """1/s; how far above the growth rate of an inadmissible score the discount rate is put."""
 
 
