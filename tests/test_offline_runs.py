@@ -262,6 +262,7 @@ def test_what_cannot_be_learned_from_is_refused_before_anything_is_written(tmp_p
         "td3": "default",
         "td3 --dataset DATA": "offline",
         "td3 --dataset=DATA": "offline",
+        "td3 --dataset None": "default",
         "td3 --dataset DATA --algorithm.preset default": "default",
         "td3 --algorithm.preset=default --dataset DATA": "default",
         "qsm --dataset DATA --algorithm.preset official": "official",

@@ -331,6 +331,27 @@ def test_a_failing_environment_stops_the_run_and_the_checkpoint_stays(tmp_path, 
     assert header is not None and header["env_steps"] == 60
 
 
+def test_a_critic_that_blows_up_below_overflow_stops_the_run(tmp_path):
+    # without target networks and with large steps, values grow until they overflow
+    wild = qs.TD3(target_rate=1.0, critic_lr=0.3, warmup_steps=50, hidden=(32, 32), batch_size=32)
+    message = r"the critic blew up: `q` is -?\d\S+, more than 1000 times .*seed 0, env step \d+"
+    with pytest.raises(qs.TrainingDiverged, match=message) as caught:
+        qs.train(
+            wild,
+            "Pendulum-v1",
+            steps=2_000,
+            eval_every=50,
+            eval_episodes=1,
+            out=tmp_path / "run",
+            progress=False,
+        )
+    newest = checkpoint.steps(tmp_path / "run" / "checkpoints")[-1]
+    assert f"last good checkpoint is {tmp_path / 'run' / 'checkpoints' / str(newest)}" in str(
+        caught.value
+    )
+    assert np.isfinite(qs.evaluate(tmp_path / "run", episodes=1)["returns"]).all()
+
+
 @pytest.mark.parametrize("brittle", ["none"], indirect=True)
 def test_time_limits_are_not_terminations_and_actions_are_scaled(tmp_path, brittle):
     session = train_host.Session(
@@ -382,6 +403,20 @@ def test_a_config_describes_the_run_it_came_from(tmp_path):
     config = json.loads((run.folder / "config.json").read_text())
     assert config["algorithm"]["name"] == "qsm" and config["algorithm"]["batch_size"] == 16
     assert config["versions"]["jax"]
+
+
+def test_resuming_on_another_number_of_cores_warns(tmp_path, capsys):
+    run = small_run(tmp_path / "run", steps=100)
+    path = run.folder / "config.json"
+    config = json.loads(path.read_text())
+    cores = config["versions"]["cores"]
+    assert int(cores) >= 1
+    qs.resume(run.folder, steps=200, progress=False)
+    assert "differ" not in capsys.readouterr().err
+    config["versions"]["cores"] = "999"
+    path.write_text(json.dumps(config))
+    qs.resume(run.folder, steps=300, progress=False)
+    assert f"numbers may differ: cores 999 -> {cores}" in capsys.readouterr().err
 
 
 def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path):

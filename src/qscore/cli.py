@@ -212,7 +212,7 @@ def _train(args: list[str]) -> None:
         raise UsageError(unknown("algorithm", name, list(ALGORITHMS)))
     kind, environment = ALGORITHMS[name], environment_class(task)
     preset = getattr(environment, "recommended", {}).get(name)
-    if any(arg.split("=")[0] == "--dataset" for arg in rest) and "offline" in _presets(kind):
+    if set(_values(rest, "--dataset")) - {"None"} and "offline" in _presets(kind):
         preset = "offline"
     default = kind(**_preset(kind, rest, preset))
     steps = getattr(environment, "default_steps", Settings.steps)
@@ -259,10 +259,15 @@ def _preset(kind: type, args: list[str], usual: str | None) -> dict[str, str]:
     One that does not exist is left for the parser to refuse.
     """
     known = _presets(kind)
-    words = " ".join(args).replace("=", " ").split()
-    asked = [b for a, b in itertools.pairwise(words) if a == "--algorithm.preset" and b in known]
+    asked = [value for value in _values(args, "--algorithm.preset") if value in known]
     asked = asked or ([usual] if usual else [])
     return {"preset": asked[-1]} if asked else {}
+
+
+def _values(args: list[str], flag: str) -> list[str]:
+    """What follows a flag, as `FLAG VALUE` or `FLAG=VALUE`, at each of its places."""
+    words = [word for arg in args for word in arg.split("=", 1)]
+    return [value for name, value in itertools.pairwise(words) if name == flag]
 
 
 def _presets(kind: type) -> tuple[str, ...]:

@@ -158,6 +158,12 @@ def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of what a run's numbers depend on."""
+    """Versions of what a run's numbers depend on, and how many cores round its matrix products."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    cores = len(affinity(0)) if affinity else os.cpu_count()
     packages = ("qscore", "jax", "jaxlib", "equinox", "optax", "numpy", "gymnasium", "mujoco")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "cores": str(cores),
+    }

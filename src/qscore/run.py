@@ -144,7 +144,7 @@ def resume(folder: str | os.PathLike, *, steps: int | None = None, progress: boo
     data = _load_data(run.settings, run.algorithm, run.environment)
     loop = _Loop(run, data, progress=progress)
     if differing:
-        loop.bar.warn(f"versions differ, numbers may too: {', '.join(differing)}")
+        loop.bar.warn(f"not what the run began with, so numbers may differ: {', '.join(differing)}")
     try:
         loop.restore()
         run.save_config()
