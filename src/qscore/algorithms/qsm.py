@@ -26,13 +26,17 @@ is the exact score of the *noised marginal* of that density restricted to the ac
 self-normalised importance sampling: a_0^i from N(a_t / alpha_t, (sigma_t / alpha_t)^2) truncated to
 the box, w = softmax(Q(s, a_0^i) / (tau c)). The second is its limit for little noise.
 
-With `bc_weight` w the target of the first two is eps* + w eps, eps being the noise that made a_t.
-The mean of eps given a_t is -sigma_t times the score of the replayed actions' noised density mu, so
-the denoiser learns, for little noise, the score of mu^w exp(Q / (tau c)): what offline learning
-wants, since it leaves no mass where there are no data. At more noise g counts for too much, taken
-where mu no longer confines a_t, and the chain ends uphill of that density. Preset "offline" has
-w = 1; it also lets the chains keep their noise, as mu is not to be reduced to its middle, takes the
-smaller critic and explores no further than that.
+With `bc_weight` w the target of the first two is eps* + w eps, eps being the noise that made a_t,
+and g is taken at the replayed action a, where the critics have seen data, times alpha_t v / sigma_t^2
+with 1 / v = w / s^2 + alpha_t^2 / sigma_t^2. With w = 1 the clean action to predict is then
+
+    E[a + v grad_a Q(s, a) / (tau c) | a_t],
+
+and v is the variance of a given a_t where replayed actions of density mu have the deviation s,
+`bc_spread`. For little noise that is the score of mu exp(Q / (tau c)), for more noise its mean to
+first order in Q: what offline learning wants, since it leaves no mass where there are no data.
+Preset "offline" has w = 1; it also lets the chains keep their noise, as mu is not to be reduced to
+its middle, takes the smaller critic and explores no further than that.
 
 Deviations of the default preset from the paper: (1) the target is "normalized", not "gradient";
 (2) the network predicts the clean action, and is regressed onto the clean action that eps* implies,
@@ -125,6 +129,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "prediction": "action",
         "schedule": "cosine",
         "normalization": "batch",
+        "temperature": 0.1,
         "bc_weight": 0.0,
         "clip": "clean",
         "target_chain_noise": 0.0,
@@ -143,6 +148,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "prediction": "noise",
         "schedule": "vp",
         "normalization": "none",
+        "temperature": 0.1,
         "bc_weight": 0.0,
         "clip": "sample",
         "target_chain_noise": 1.0,
@@ -158,6 +164,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 PRESETS["offline"] = PRESETS["default"] | {
+    "temperature": 0.3,
     "bc_weight": 1.0,
     "target_chain_noise": 1.0,
     "eval_chain_noise": 1.0,
@@ -192,12 +199,16 @@ class QSM:
     score_scale: Annotated[float, Range(0, low_open=True)] = 50.0
     """M_q of target `gradient`, in (0, inf), unit: action per reward. The paper tunes it per task
     (50; 120 for quadruped and humanoid)."""
-    temperature: Annotated[float, Range(0, low_open=True)] = 0.1
+    temperature: Annotated[float, Range(0, low_open=True)] = preset_field()
     """tau of the other targets, in (0, inf). No unit with normalization `batch` or `running`; in
     units of reward with `none`. Smaller is greedier."""
     bc_weight: Annotated[float, Range(0)] = preset_field()
     """Weight of behaviour cloning in the target: the replayed actions' density counts to this
     power, in [0, inf), no unit. 0 learns from the critic alone."""
+    bc_spread: Annotated[float, Range(0, low_open=True)] = 0.3
+    """Standard deviation that replayed actions are taken to have, given the observation, in (0,
+    inf), unit: half the action range. Cloned actions move uphill by at most its square times the
+    gradient over the temperature."""
     normalization: Literal["batch", "running", "none"] = preset_field()
     """The gradient's unit c: its mean size over the batch, a running mean of that, or 1."""
     posterior_samples: Annotated[int, Range(2, 4096)] = 16
@@ -382,8 +393,14 @@ class QSM:
             batch.action, level_key=level_key, noise_key=noise_key
         )
 
-        gradient = jax.vmap(jax.grad(mean_q, argnums=2), (None, 0, 0))(critics, batch.obs, noised)
+        cloning = self.bc_weight > 0.0
+        where = batch.action if cloning else noised
+        gradient = jax.vmap(jax.grad(mean_q, argnums=2), (None, 0, 0))(critics, batch.obs, where)
         batch_scale = jnp.mean(jnp.abs(gradient))
+        if cloning:
+            ratio = (schedule.alpha[level] / schedule.sigma[level])[:, None]
+            confined = 1.0 / (self.bc_weight / self.bc_spread**2 + ratio**2)
+            gradient = gradient * confined * ratio / schedule.sigma[level][:, None]
         rate = jnp.where(updates == 0, 1.0, 0.005)
         running_scale = gradient_scale + rate * (batch_scale - gradient_scale)
         unit = {"batch": batch_scale, "running": running_scale, "none": jnp.ones(())}
