@@ -149,6 +149,32 @@ def unit_diagonal(
     return unit, unit[:, None] * gram * unit[None] + ridge * jnp.eye(len(unit))
 
 
+def regress(
+    gram: Float[Array, "features features"],
+    gain: Float[Array, "features ..."],
+    phi: Float[Array, "batch features"],
+    target: Float[AnyArray, "batch ..."],
+    weight: Float[Array, " batch"],
+    *,
+    keep: Float[Array, ""],
+) -> tuple[
+    Float[Array, "batch ..."],
+    Float[Array, "features features"],
+    Float[Array, "features ..."],
+]:
+    """A batch added to the sums of a weighted regression on phi: its fitted values, and the sums.
+
+    What was in the sums counts `keep` times as much.
+    """
+    weighted = weight[:, None] * phi
+    gram = keep * gram + weighted.T @ phi
+    gain = keep * gain + jnp.tensordot(weighted.T, target, axes=1)
+    unit, scaled = unit_diagonal(gram, ridge=1e-4)
+    flat = unit[:, None] * gain.reshape(len(unit), -1)
+    theta = unit[:, None] * jnp.linalg.solve(scaled, flat)
+    return (phi @ theta).reshape(target.shape), gram, gain
+
+
 class VarianceFit(eqx.Module):
     """Running sums of a regression of dM^2 / dt on quadratic features."""
 
@@ -173,11 +199,9 @@ class VarianceFit(eqx.Module):
 
         Without the shift, networks learn too little where v is large, and can run away there.
         """
-        share = phi / phi.shape[0]
-        gram = keep * self.gram + share.T @ phi
-        gain = keep * self.gain + share.T @ (increment**2 / dt)
-        unit, scaled = unit_diagonal(gram, ridge=1e-4)
-        variance = jnp.maximum(phi @ (unit * jnp.linalg.solve(scaled, unit * gain)), 0.0)
+        even = jnp.full(phi.shape[0], 1.0 / phi.shape[0])
+        fitted, gram, gain = regress(self.gram, self.gain, phi, increment**2 / dt, even, keep=keep)
+        variance = jnp.maximum(fitted, 0.0)
         weight = variance_weight(variance + shift * jnp.mean(variance))
         return jnp.asarray(weight / jnp.mean(weight)), VarianceFit(gram, gain)
 
@@ -213,14 +237,9 @@ class DiffusionFit(eqx.Module):
         """
         size = leverage(phi)
         # dx dx' scatters with the square of its own mean, which grows as the features do
-        light = (1.0 / size / jnp.sum(1.0 / size))[:, None]
+        light = jnp.asarray(1.0 / size / jnp.sum(1.0 / size))
         squares = change[:, :, None] * change[:, None] / dt[:, None, None]
-        gram = keep * self.gram + (light * phi).T @ phi
-        gain = keep * self.gain + jnp.tensordot((light * phi).T, squares, axes=1)
-        unit, scaled = unit_diagonal(gram, ridge=1e-4)
-        flat = unit[:, None] * gain.reshape(len(unit), -1)
-        theta = unit[:, None] * jnp.linalg.solve(scaled, flat)
-        diffusion = (phi @ theta).reshape(squares.shape)
+        diffusion, gram, gain = regress(self.gram, self.gain, phi, squares, light, keep=keep)
         v = jnp.maximum(jnp.einsum("bi,bij,bj->b", gradient, diffusion, gradient), 0.0)
         usual = jnp.mean(v / size) + 1e-12
         weight = 1.0 / jnp.maximum(v, LEVERAGE_FLOOR * usual * size)
