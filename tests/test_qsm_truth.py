@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -27,6 +26,7 @@ from helpers import (
 from scipy import stats
 
 from qscore import QSM, Spec
+from qscore.bench import matmul_flops
 from qscore.denoiser import score_loss
 from qscore.networks import ScoreNetwork
 from qscore.optimize import gradient_step
@@ -102,6 +102,7 @@ def test_regression_target_is_the_critics_gradient_and_the_noise(
     )
     noised, obs, clean = wide(noised), wide(batch.obs), wide(batch.action)
     alpha, sigma = marginal(algorithm, level)
+
     def at(action):
         return [numpy_gradient(critic, obs, action) for critic in unstack(critics)]
 
@@ -592,36 +593,6 @@ def test_networks_see_standardised_observations():
 
 
 # What it costs ------------------------------------------------------------------------------------
-
-
-def matmul_flops(function, *args):
-    """Floating-point operations in the matrix products of a traced function.
-
-    Counted from the program, because XLA's own count takes the body of a loop once.
-    """
-    return count_flops(jax.make_jaxpr(function)(*args).jaxpr)
-
-
-def count_flops(jaxpr):
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracting, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            contracted = int(np.prod([left[axis] for axis in contracting]))
-            total += 2 * contracted * int(np.prod(equation.outvars[0].aval.shape))
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        total += times * sum(count_flops(inner) for inner in subjaxprs(equation))
-    return total
-
-
-def subjaxprs(equation):
-    """The programs inside an operation: the body of a scan, a jitted function, and so on."""
-    for value in equation.params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            inner = getattr(item, "jaxpr", item)
-            if isinstance(inner, jax.extend.core.Jaxpr):
-                yield inner
 
 
 # at this many rows the encoding of 45 more levels, once per batch, is below 2% of an actor step

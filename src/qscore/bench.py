@@ -7,9 +7,11 @@ itself (collecting, replay, updates), without evaluation and files.
 import resource
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.extend
 import jax.random as jr
 import numpy as np
 
@@ -92,6 +94,37 @@ def table(rows: list[dict[str, Any]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in cells
     )
+
+
+def matmul_flops(function: Callable[..., Any], *args: Any) -> int:
+    """Floating-point operations in the matrix products of a traced function of arrays or shapes.
+
+    Counted from the program, because XLA's own count takes the body of a loop once. Both branches
+    of a condition count.
+    """
+    return _count_flops(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _count_flops(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracting, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            contracted = int(np.prod([left[axis] for axis in contracting]))
+            total += 2 * contracted * int(np.prod(equation.outvars[0].aval.shape))
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += times * sum(_count_flops(inner) for inner in _subprograms(equation))
+    return total
+
+
+def _subprograms(equation: Any) -> Iterator[Any]:
+    """The programs inside an operation: the body of a scan, a jitted function, and so on."""
+    for value in equation.params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            inner = getattr(item, "jaxpr", item)
+            if isinstance(inner, jax.extend.core.Jaxpr):
+                yield inner
 
 
 def _median_seconds(function: Any, repeats: int) -> float:

@@ -27,8 +27,9 @@ self-normalised importance sampling: a_0^i from N(a_t / alpha_t, (sigma_t / alph
 the box, w = softmax(Q(s, a_0^i) / (tau c)). The second is its limit for little noise.
 
 With `bc_weight` w the target of the first two is eps* + w eps, eps being the noise that made a_t,
-and g is taken at the replayed action a, where the critics have seen data, times alpha_t v / sigma_t^2
-with 1 / v = w / s^2 + alpha_t^2 / sigma_t^2. With w = 1 the clean action to predict is then
+and g is taken at the replayed action a, where the critics have seen data, times
+alpha_t v / sigma_t^2 with 1 / v = w / s^2 + alpha_t^2 / sigma_t^2. With w = 1 the clean action to
+predict is then
 
     E[a + v grad_a Q(s, a) / (tau c) | a_t],
 
