@@ -435,7 +435,7 @@ BAD_RECORDING: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "about of another": (
         {"about": lambda v: np.array('{"format": 1}')},
-        "its `about` is not that of a recording: KeyError: 'action_low'",
+        "its `about` is not that of a recording: KeyError: 'environment'",
     ),
     "format": ({"about": about(format=2)}, "data.npz has format 2; this version reads 1"),
     "bounds": (
@@ -739,7 +739,8 @@ def test_a_horizon_may_end_with_a_shorter_step(tmp_path):
     columns = [np.array(column) for column in zip(*rows, strict=True)]
     single = [c if c.dtype == bool else c.astype(np.float32) for c in columns]
     low, high = task.action_bounds
-    about = {"action_low": low.tolist(), "action_high": high.tolist()}
+    bounds = {"action_low": low.tolist(), "action_high": high.tolist()}
+    about = {"environment": "portfolio"} | bounds
     datasets.save(tmp_path / "x.npz", qs.Transition(*single), np.zeros(len(rows), bool), about)
     assert len(datasets.load(tmp_path / "x.npz", task)) == len(rows) == 4
 

@@ -25,8 +25,8 @@ TD3 = qs.TD3(preset="offline", **SMALL)
 SDE = environment_class("pendulum_sde")(id="pendulum_sde", duration=0.4)
 
 
-def write_episodes(path: Path, environment, count: int, seed: int = 0) -> Path:
-    """A recording of random actions."""
+def write_episodes(path: Path, environment, count: int, seed: int = 0, made_in: str = "") -> Path:
+    """A recording of random actions, which say that they were `made_in` the environment."""
     task, draw, rows = environment.open(), np.random.default_rng(seed), []
     for episode in range(count):
         obs, time, over = task.reset(episode), 0.0, False
@@ -40,7 +40,11 @@ def write_episodes(path: Path, environment, count: int, seed: int = 0) -> Path:
     columns = [np.array(column) for column in zip(*(row for row, _ in rows), strict=True)]
     single = [column if column.dtype == bool else column.astype(np.float32) for column in columns]
     low, high = task.action_bounds
-    about = {"action_low": low.tolist(), "action_high": high.tolist()}
+    about = {
+        "environment": made_in or environment.id,
+        "action_low": low.tolist(),
+        "action_high": high.tolist(),
+    }
     datasets.save(path, qs.Transition(*single), np.array([cut for _, cut in rows]), about)
     task.close()
     return path
@@ -296,6 +300,16 @@ def test_the_command_line_learns_from_data_and_says_so(capsys, tmp_path, data):
     config = json.loads((folder / "config.json").read_text())
     assert config["settings"]["dataset"] == str(data) and config["settings"]["online_steps"] == 0
     assert config["algorithm"]["preset"] == "offline"
+
+
+def test_data_of_another_task_are_named(capsys, tmp_path):
+    def said(name):
+        data = write_episodes(tmp_path / f"{name}.npz", PENDULUM, 1, made_in=name)
+        offline_run(tmp_path / name, data, steps=50, progress=True)
+        return capsys.readouterr().err
+
+    assert "was recorded in" not in said("Pendulum-v0")  # another version of the same task
+    assert "Swing-v1.npz was recorded in Swing-v1, not in Pendulum-v1." in said("Swing-v1")
 
 
 def test_scores_are_normalised_where_a_reference_is_known(tmp_path):

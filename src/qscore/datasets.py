@@ -18,7 +18,7 @@ import importlib.util
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,13 @@ class Dataset:
     - `source`: the file or id they came from.
     - `rows`: the transitions, leading axis "rows", in the order they were recorded.
     - `last`: whether a row is the last one recorded of its episode.
+    - `environment`: what a recording says it was made in; None where a format does not say.
     """
 
     source: str
     rows: Transition
     last: Bool[np.ndarray, " rows"]
+    environment: str | None = None
 
     def __len__(self) -> int:
         return len(self.last)
@@ -125,8 +127,13 @@ def save(
 
 def references(environment: str) -> dict[str, tuple[float, float]]:
     """The returns that score 0 and 100 on an environment, by the name of the reference."""
-    task = re.sub(r"-v\d+$", "", environment)
+    task = unversioned(environment)
     return {name: tasks[task] for name, tasks in REFERENCES.items() if task in tasks}
+
+
+def unversioned(environment: str) -> str:
+    """The name of an environment without its version: `Hopper` for `Hopper-v5`."""
+    return re.sub(r"-v\d+$", "", environment)
 
 
 def normalized(value: float, reference: tuple[float, float]) -> float:
@@ -145,7 +152,7 @@ def _read_recording(path: Path, task: Episodic) -> Dataset:
             arrays = {name: archive[name] for name in archive.files}
     except Exception as error:  # NumPy, zipfile and zlib each raise their own
         raise UsageError(f"{path} cannot be read as a recording: {error}.") from error
-    _check_about(path, _require(path, arrays, "about"), task)
+    environment = _check_about(path, _require(path, arrays, "about"), task)
     spec = task.spec
     obs = _numbers(path, arrays, "obs", None, spec.obs_size)
     count = len(obs)
@@ -171,14 +178,15 @@ def _read_recording(path: Path, task: Episodic) -> Dataset:
         raise UsageError(
             f"{path} was recorded with steps of {odd[0]:g} s; the environment takes {spec.dt:g} s."
         )
-    return _dataset(path, Transition(terminated=terminated, **columns), ended)
+    data = _dataset(path, Transition(terminated=terminated, **columns), ended)
+    return replace(data, environment=environment)
 
 
-def _check_about(path: Path, text: Any, task: Episodic) -> None:
-    """What a recording says of itself, against the environment."""
+def _check_about(path: Path, text: Any, task: Episodic) -> str:
+    """What a recording says of itself, against the environment; the name of its own."""
     try:
         about = json.loads(str(text))
-        form = about["format"]
+        form, environment = about["format"], str(about["environment"])
         ours = [np.asarray(about[name], np.float32) for name in ("action_low", "action_high")]
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
@@ -194,6 +202,7 @@ def _check_about(path: Path, text: Any, task: Episodic) -> None:
                 f"{path}: actions were recorded with `{name}` {recorded.tolist()}; the "
                 f"environment's is {bound.tolist()}."
             )
+    return environment
 
 
 def _read_hdf5(path: Path, task: Episodic) -> Dataset:

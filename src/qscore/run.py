@@ -109,6 +109,9 @@ def train(
         raise UsageError(f"`out` is {folder}, which exists and is not an empty folder.")
     # what is wrong with the task or the data is said before anything is written
     data = _load_data(settings, algorithm, task)
+    name, made_in = environment_name(task), None if data is None else data.environment
+    if made_in and datasets.unversioned(made_in) != datasets.unversioned(name) and progress:
+        print(f"warning: {dataset} was recorded in {made_in}, not in {name}.", file=sys.stderr)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         run = Run(folder, algorithm, task, settings, installed_versions())
