@@ -403,7 +403,7 @@ def test_exploring_adds_noise_to_the_actors_sample_and_evaluation_samples_the_av
 @pytest.mark.parametrize("explore", [False, True])
 def test_best_of_draws_by_the_softmax_of_the_smaller_target_critic(explore):
     many, draws = 4, 4000
-    algorithm, state, _ = setting(LINE, best_of=many)
+    algorithm, state, _ = setting(LINE, best_of=many, exploration_noise=0.0)
     targets = [[3.0, 0.0], [-4.0, 0.5]]
     state = dataclasses.replace(
         state,
@@ -527,8 +527,6 @@ def test_the_value_moves_mass_to_the_mode_that_pays():
 @pytest.mark.parametrize("seed", range(2))
 def test_learns_pendulum(seed):
     algorithm = DiffusionQL(
-        q_weight=5.0,
-        exploration_noise=0.1,
         # small networks and large steps: seconds, not minutes
         hidden=(64, 64),
         batch_size=128,

@@ -24,9 +24,9 @@ update on, not from the thousandth; (3) evaluation takes one sample of the avera
 theirs draws from 50 of the actor itself; (4) step sizes decay at every update, theirs every
 thousand; (5) layers start Glorot-uniform. Preset "offline" is the code otherwise, with its gym
 tasks' usual settings; "default" is for learning online from scratch, where a replay buffer is no
-demonstration: the value's unit is its gradient's size, and the average follows at every update;
-networks are (256, 256), the critics' activation is SiLU, no gradient is clipped and step sizes are
-constant.
+demonstration: the value's unit is its gradient's size, its weight 5, and explored actions have
+noise; the average follows at every update, networks are (256, 256), the critics' activation is
+SiLU, no gradient is clipped and step sizes are constant.
 """
 
 from dataclasses import dataclass
@@ -97,8 +97,9 @@ class DiffusionQLState(eqx.Module):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
-        "q_weight": 1.0,
+        "q_weight": 5.0,
         "normalization": "gradient",
+        "exploration_noise": 0.1,
         "average_every": 1,
         "critic_activation": "silu",
         "max_gradient_norm": None,
@@ -108,6 +109,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "offline": {
         "q_weight": 1.0,
         "normalization": "value",
+        "exploration_noise": 0.0,
         "average_every": 5,
         "critic_activation": "mish",
         "max_gradient_norm": 9.0,
@@ -140,7 +142,7 @@ class DiffusionQL:
     """Number T of noise levels, and of network evaluations per action, in [1, 1000]."""
     variance: Literal["beta", "posterior"] = "posterior"
     """Variance of each reverse step: beta_t, or that of q(a_{t-1} | a_t, a_0)."""
-    exploration_noise: Annotated[float, Range(0)] = 0.0
+    exploration_noise: Annotated[float, Range(0)] = preset_field()
     """Standard deviation of the noise added to explored actions, in [0, inf), unit: half the action
     range."""
     normalize_observations: bool = False
