@@ -165,7 +165,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 PRESETS["offline"] = PRESETS["default"] | {
-    "temperature": 0.3,
+    "temperature": 0.7,
     "bc_weight": 1.0,
     "target_chain_noise": 1.0,
     "eval_chain_noise": 1.0,
