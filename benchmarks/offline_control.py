@@ -30,7 +30,7 @@ import numpy as np
 from baselines import table
 from curves import learning_curve, read, record
 
-from qscore import QSM, TD3, DiffusionQL, Host, Transition, datasets
+from qscore import QSM, TD3, DiffusionQL, Host, datasets, replay
 from qscore.bench import matmul_flops
 from qscore.critics import critic_loss, q_values
 from qscore.train_host import Session
@@ -73,16 +73,7 @@ def cost(environment: str) -> dict[str, dict[str, float]]:
     for name, algorithm in VARIANTS.items():
         rows, key = algorithm.batch_size, jr.key(0)
         state = jax.eval_shape(lambda a=algorithm: a.init(spec, key=jr.key(0)))
-        obs, scalar = jnp.zeros((rows, spec.obs_size)), jnp.zeros(rows)
-        batch = Transition(
-            obs=obs,
-            action=jnp.zeros((rows, spec.action_size)),
-            reward=scalar,
-            next_obs=obs,
-            terminated=jnp.zeros(rows, bool),
-            time=scalar,
-            dt=scalar,
-        )
+        batch = replay.empty_rows(spec, rows)
 
         def critics_step(state: Any, batch: Any, key: Any, algorithm: Any = algorithm) -> Any:
             actions = algorithm.chain.sample_batch(state.average_actor, batch.next_obs, key=key)
