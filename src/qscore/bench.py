@@ -100,7 +100,7 @@ def matmul_flops(function: Callable[..., Any], *args: Any) -> int:
     """Floating-point operations in the matrix products of a traced function of arrays or shapes.
 
     Counted from the program, because XLA's own count takes the body of a loop once. Both branches
-    of a condition count.
+    of a condition count, and a loop of unknown length counts once.
     """
     return _count_flops(jax.make_jaxpr(function)(*args).jaxpr)
 
