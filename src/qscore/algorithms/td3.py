@@ -15,17 +15,17 @@ noise, so that a sharp peak of one critic is not believed:
 The last is TD3+BC (Fujimoto and Gu 2021, arXiv:2106.06860), for recorded data: it holds the actor
 to the recorded action; the divisor is held fixed, and bc_weight is their 1 / alpha.
 
-pibar and Qbar_i follow at `target_rate`, whenever the actor steps. One update steps the critics;
-every `policy_delay`-th then steps the actor against the new critics, and after it the targets.
+pibar and Qbar_i follow at `target_rate`. One update steps the critics; every `policy_delay`-th then
+steps the actor against the new critics; the targets follow last, at every update.
 
 Deviations from the paper: (1) networks (256, 256), batches of 256 and step sizes of 3e-4, as in the
 authors' later code and in Stable-Baselines3's JAX version (SBX); the paper has (400, 300), 100 and
-1e-3; (2) a random warm-up of 3,000 steps; the paper's is 1,000 or 10,000, by task. From SBX: (3)
-the targets move with the actor, as in the paper, not at every update; (4) the actor climbs the
-first critic, as in the paper, not the smaller one; (5) exploration noise is the paper's, where SBX
-has none unless given; (6) the warm-up is longer (100 steps there); (7) the critics' loss has no
-factor 1/2, which Adam does not see; (8) layers start Glorot-uniform, the house's initialisation
-(LeCun-normal there).
+1e-3; (2) a random warm-up of 3,000 steps; the paper's is 1,000 or 10,000, by task; (3) the targets
+follow at every update, as in SBX; the paper's move with the actor, half as fast. From SBX: (4) the
+actor climbs the first critic, as in the paper, not the smaller one; (5) exploration noise is the
+paper's, where SBX has none unless given; (6) the warm-up is longer (100 steps there); (7) the
+critics' loss has no factor 1/2, which Adam does not see; (8) layers start Glorot-uniform, the
+house's initialisation (LeCun-normal there).
 """
 
 from dataclasses import dataclass, replace
@@ -107,7 +107,7 @@ class TD3:
     """Weight of the squared distance between the actor's action and the replayed one, in [0, inf),
     against values in units of their mean size. 0 is plain TD3."""
     policy_delay: Annotated[int, Range(1)] = 2
-    """Updates of the critics per step of the actor and the targets, in [1, inf)."""
+    """Updates of the critics per step of the actor, in [1, inf)."""
     target_action_noise: Annotated[float, Range(0)] = 0.2
     """Standard deviation of the noise added to the critic's next action, in [0, inf), unit: half
     the action range."""
@@ -120,8 +120,7 @@ class TD3:
     discount: Annotated[float, Range(0, 1, high_open=True)] = 0.99
     """Discount factor per environment step, in [0, 1)."""
     target_rate: Annotated[float, Range(0, 1, low_open=True)] = 0.005
-    """Weight of the new parameters when the target networks follow, in (0, 1], per step of the
-    actor."""
+    """Weight of the new parameters when the target networks follow, in (0, 1], per update."""
     actor_lr: Annotated[float, Range(0, low_open=True)] = 3e-4
     """Adam's step size for the actor, in (0, inf)."""
     critic_lr: Annotated[float, Range(0, low_open=True)] = 3e-4
@@ -175,7 +174,7 @@ class TD3:
         return jnp.clip(action, -1.0, 1.0), carry
 
     def update(self, state: TD3State, batch: Transition, *, key: Key) -> tuple[TD3State, Metrics]:
-        """One step of the critics; when it is due, one of the actor and the targets."""
+        """One step of the critics and, when it is due, one of the actor; the targets follow."""
         moments = state.moments
         if self.normalize_observations:
             moments, batch = observe_and_standardize(moments, batch)
@@ -205,6 +204,11 @@ class TD3:
             lambda state: state,
             state,
         )
+        state = replace(
+            state,
+            target_actor=move_target(state.actor, state.target_actor, self.target_rate),
+            target_critics=move_target(critics, state.target_critics, self.target_rate),
+        )
         metrics["action_saturation"] = saturation(next_action)
         return state, metrics | {"actor_loss": state.actor_loss}
 
@@ -216,7 +220,7 @@ class TD3:
         return actor_loss(actor, critics, batch.obs)
 
     def _update_actor(self, state: TD3State, batch: Transition) -> TD3State:
-        """The delayed part of an update: the actor against the new critics, then the targets."""
+        """The delayed part of an update: the actor against the new critics."""
         actor, actor_opt, metrics = gradient_step(
             self._actor_loss,
             state.actor,
@@ -225,11 +229,4 @@ class TD3:
             state.critics,
             batch,
         )
-        return replace(
-            state,
-            actor=actor,
-            target_actor=move_target(actor, state.target_actor, self.target_rate),
-            target_critics=move_target(state.critics, state.target_critics, self.target_rate),
-            actor_opt=actor_opt,
-            actor_loss=metrics["actor_loss"],
-        )
+        return replace(state, actor=actor, actor_opt=actor_opt, actor_loss=metrics["actor_loss"])
