@@ -3,6 +3,7 @@
 A stack is one `Critic` whose every leaf has a leading axis "critics".
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
-from qscore.networks import Activation, Critic
+from qscore.networks import GLOROT, Activation, Critic, Initializer
 from qscore.types import AnyArray, Key, Metrics, Spec, Transition
 
 
@@ -20,12 +21,14 @@ def stack_critics(
     hidden: Sequence[int],
     *,
     activation: Activation = jax.nn.relu,
+    initializer: Initializer = GLOROT,
     key: Key,
 ) -> Critic:
     """`count` critics, each with fresh parameters of its own, as one stack."""
-    return jax.vmap(
-        lambda key: Critic(spec.obs_size, spec.action_size, hidden, activation=activation, key=key)
-    )(jr.split(key, count))
+    make = functools.partial(Critic, spec.obs_size, spec.action_size, hidden)
+    return jax.vmap(lambda key: make(activation=activation, initializer=initializer, key=key))(
+        jr.split(key, count)
+    )
 
 
 def q_values(

@@ -16,6 +16,11 @@ from jaxtyping import Array, Float
 from qscore.types import Key
 
 Activation = Callable[[Array], Array]
+Initializer = Callable[[Key, Sequence[int]], Array]
+
+GLOROT: Initializer = jax.nn.initializers.glorot_uniform()
+LECUN: Initializer = jax.nn.initializers.lecun_normal()
+"""Variance 1 / inputs: twice Glorot's between equal layers, ten times in a first layer from few."""
 
 
 @jax.custom_jvp
@@ -43,13 +48,13 @@ def _mish_jvp(primals, tangents):
 
 
 class Linear(eqx.Module):
-    """y = x W + b, with Glorot-uniform W and b = 0."""
+    """y = x W + b, with W from `initializer` and b = 0."""
 
     weight: Float[Array, "in out"]
     bias: Float[Array, " out"]
 
-    def __init__(self, in_size: int, out_size: int, *, key: Key):
-        self.weight = jax.nn.initializers.glorot_uniform()(key, (in_size, out_size))
+    def __init__(self, in_size: int, out_size: int, *, initializer: Initializer = GLOROT, key: Key):
+        self.weight = initializer(key, (in_size, out_size))
         self.bias = jnp.zeros(out_size)
 
     def __call__(self, x: Float[Array, " in"]) -> Float[Array, " out"]:
@@ -62,10 +67,18 @@ class MLP(eqx.Module):
     layers: tuple[Linear, ...]
     activation: Activation = eqx.field(static=True)
 
-    def __init__(self, sizes: Sequence[int], activation: Activation, *, key: Key):
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        activation: Activation,
+        *,
+        initializer: Initializer = GLOROT,
+        key: Key,
+    ):
         keys = jr.split(key, len(sizes) - 1)
         self.layers = tuple(
-            Linear(m, n, key=k) for m, n, k in zip(sizes[:-1], sizes[1:], keys, strict=True)
+            Linear(m, n, initializer=initializer, key=k)
+            for m, n, k in zip(sizes[:-1], sizes[1:], keys, strict=True)
         )
         self.activation = activation
 
@@ -87,9 +100,11 @@ class Critic(eqx.Module):
         hidden: Sequence[int],
         *,
         activation: Activation = jax.nn.relu,
+        initializer: Initializer = GLOROT,
         key: Key,
     ):
-        self.mlp = MLP((obs_size + action_size, *hidden, 1), activation, key=key)
+        sizes = (obs_size + action_size, *hidden, 1)
+        self.mlp = MLP(sizes, activation, initializer=initializer, key=key)
 
     def __call__(self, obs: Float[Array, " obs"], action: Float[Array, " act"]) -> Float[Array, ""]:
         return self.mlp(jnp.concatenate([obs, action]))[0]
@@ -109,8 +124,17 @@ class DeterministicActor(eqx.Module):
 
     mlp: MLP
 
-    def __init__(self, obs_size: int, action_size: int, hidden: Sequence[int], *, key: Key):
-        self.mlp = MLP((obs_size, *hidden, action_size), jax.nn.relu, key=key)
+    def __init__(
+        self,
+        obs_size: int,
+        action_size: int,
+        hidden: Sequence[int],
+        *,
+        initializer: Initializer = GLOROT,
+        key: Key,
+    ):
+        sizes = (obs_size, *hidden, action_size)
+        self.mlp = MLP(sizes, jax.nn.relu, initializer=initializer, key=key)
 
     def __call__(self, obs: Float[Array, " obs"]) -> Float[Array, " act"]:
         return jnp.tanh(self.mlp(obs))

@@ -1,16 +1,16 @@
 """Twin delayed deep deterministic policy gradient (TD3).  Fujimoto et al. 2018, arXiv:1802.09477.
 
-A deterministic actor pi(s) climbs the first of two critics, at every `policy_delay`-th update. The
-critics' target takes the smaller of the two target critics at a target actor's action with clipped
-noise, so that a sharp peak of one critic is not believed:
+A deterministic actor pi(s) climbs the smaller of two critics, at every `policy_delay`-th update.
+The critics' target takes the smaller of the two target critics at a target actor's action with
+clipped noise, so that a sharp peak of one critic is not believed:
 
     critics   L(Q)  = sum_i E (Q_i(s, a) - y)^2
               y     = r + gamma (1 - terminated) min_i Qbar_i(s', a')
               a'    = clip(pibar(s') + clip(noise, -c, c), -1, 1),
               noise ~ N(0, target_action_noise^2),    c: target_noise_clip
-    actor     L(pi) = -E Q_1(s, pi(s))
+    actor     L(pi) = -E Q(s, pi(s)),    Q = min_i Q_i
 
-    offline   L(pi) = -E Q_1(s, pi(s)) / E |Q_1(s, pi(s))| + bc_weight E |pi(s) - a|^2
+    offline   L(pi) = -E Q(s, pi(s)) / E |Q(s, pi(s))| + bc_weight E |pi(s) - a|^2
 
 The last is TD3+BC (Fujimoto and Gu 2021, arXiv:2106.06860), for recorded data: it holds the actor
 to the recorded action; the divisor is held fixed, and bc_weight is their 1 / alpha.
@@ -18,14 +18,15 @@ to the recorded action; the divisor is held fixed, and bc_weight is their 1 / al
 pibar and Qbar_i follow at `target_rate`. One update steps the critics; every `policy_delay`-th then
 steps the actor against the new critics; the targets follow last, at every update.
 
-Deviations from the paper: (1) networks (256, 256), batches of 256 and step sizes of 3e-4, as in the
-authors' later code and in Stable-Baselines3's JAX version (SBX); the paper has (400, 300), 100 and
-1e-3; (2) a random warm-up of 3,000 steps; the paper's is 1,000 or 10,000, by task; (3) the targets
-follow at every update, as in SBX; the paper's move with the actor, half as fast. From SBX: (4) the
-actor climbs the first critic, as in the paper, not the smaller one; (5) exploration noise is the
-paper's, where SBX has none unless given; (6) the warm-up is longer (100 steps there); (7) the
-critics' loss has no factor 1/2, which Adam does not see; (8) layers start Glorot-uniform, the
-house's initialisation (LeCun-normal there).
+Deviations from the papers: (1) networks (256, 256), batches of 256 and step sizes of 3e-4, as in
+the authors' later code; the paper has (400, 300), 100 and 1e-3; (2) a random warm-up of 3,000
+steps; the paper's is 1,000 or 10,000, by task. Three more are taken from Stable-Baselines3's JAX
+version (SBX), because TD3 without them stays in the first gait it finds far more often: (3) the
+targets follow at every update; the paper's move with the actor, half as fast; (4) the actor climbs
+the smaller critic; the paper's the first; (5) layers start LeCun-normal; the house's start
+Glorot-uniform, and the authors' uniform in between. From SBX: (6) exploration noise is the paper's,
+where SBX has none unless given; (7) the warm-up is longer (100 steps there); (8) the critics' loss
+has no factor 1/2, which Adam does not see.
 """
 
 from dataclasses import dataclass, replace
@@ -41,7 +42,7 @@ from jaxtyping import Array, Float, Int
 from qscore.algorithms.base import saturation
 from qscore.config import Range, preset_field, resolve_preset, validate
 from qscore.critics import bootstrap, critic_loss, q_values, stack_critics
-from qscore.networks import Critic, DeterministicActor
+from qscore.networks import LECUN, Critic, DeterministicActor
 from qscore.normalize import Moments, observe_and_standardize, standardize
 from qscore.optimize import gradient_step, move_target
 from qscore.types import AnyArray, Carry, Key, Metrics, Spec, Transition
@@ -57,23 +58,22 @@ def smoothed(
 def actor_loss(
     actor: DeterministicActor, critics: Critic, obs: Float[AnyArray, "batch obs"]
 ) -> tuple[Float[Array, ""], Metrics]:
-    """-mean Q_1(s, pi(s)), differentiated through the action."""
-    first = jax.tree.map(lambda leaf: leaf[0], critics)
-    loss = -jnp.mean(jax.vmap(lambda obs: first(obs, actor(obs)))(obs))
+    """-mean min_i Q_i(s, pi(s)), differentiated through the action."""
+    action = jax.vmap(lambda obs: actor(obs))(obs)
+    loss = -jnp.mean(jnp.min(q_values(critics, obs, action), axis=0))
     return loss, {"actor_loss": loss}
 
 
 def offline_actor_loss(
     actor: DeterministicActor, critics: Critic, batch: Transition, *, bc_weight: float
 ) -> tuple[Float[Array, ""], Metrics]:
-    """-mean Q_1 / mean |Q_1| + bc_weight mean (pi(s) - a)^2, over batch and components."""
-    loss, _ = actor_loss(actor, critics, batch.obs)
-    first = jax.tree.map(lambda leaf: leaf[0], critics)
+    """-mean Q / mean |Q| + bc_weight mean (pi(s) - a)^2, over components too; Q = min_i Q_i."""
     action = jax.vmap(lambda obs: actor(obs))(batch.obs)
+    value = jnp.min(q_values(critics, batch.obs, action), axis=0)
     # critics that are zero everywhere pull nowhere: 0 / 0 must stay 0
-    unit = jnp.maximum(jnp.mean(jnp.abs(jax.vmap(first)(batch.obs, action))), 1e-12)
+    unit = jnp.maximum(jax.lax.stop_gradient(jnp.mean(jnp.abs(value))), 1e-12)
     cloning = jnp.mean((action - batch.action) ** 2)
-    loss = loss / jax.lax.stop_gradient(unit) + bc_weight * cloning
+    loss = -jnp.mean(value) / unit + bc_weight * cloning
     return loss, {"actor_loss": loss}
 
 
@@ -145,8 +145,9 @@ class TD3:
     def init(self, spec: Spec, *, key: Key) -> TD3State:
         """A fresh actor and two critics, their targets and optimisers."""
         actor_key, critics_key = jr.split(key)
-        actor = DeterministicActor(spec.obs_size, spec.action_size, self.hidden, key=actor_key)
-        critics = stack_critics(2, spec, self.hidden, key=critics_key)
+        sizes = (spec.obs_size, spec.action_size, self.hidden)
+        actor = DeterministicActor(*sizes, initializer=LECUN, key=actor_key)
+        critics = stack_critics(2, spec, self.hidden, initializer=LECUN, key=critics_key)
         return TD3State(
             actor=actor,
             target_actor=jax.tree.map(jnp.copy, actor),  # buffers of their own, to be donated
