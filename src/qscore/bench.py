@@ -15,7 +15,7 @@ import jax.extend
 import jax.random as jr
 import numpy as np
 
-from qscore import train_host
+from qscore import replay, train_host
 from qscore.algorithms import ALGORITHMS
 from qscore.environments import environment_class
 from qscore.errors import UsageError
@@ -25,61 +25,97 @@ WARMUP = 500
 REPEATS = 7
 
 
-def measure(algorithm_name: str, environment_name: str) -> dict[str, Any]:
-    """One row of `qscore bench --json`. Raises `UsageError` for an environment that cannot be."""
-    algorithm = ALGORITHMS[algorithm_name](warmup_steps=WARMUP)
-    try:
-        environment = environment_class(environment_name)(id=environment_name)
-        task = environment.open()
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    spec = task.spec
-    task.close()
+class Subject:
+    """An algorithm on an environment, past its warm-up, whose parts can be run by themselves.
 
-    start = time.perf_counter()
-    train_host.exploration_policy(algorithm, spec, 1)
-    capacity = WARMUP + (REPEATS + 1) * train_host.CHUNK
-    train_host.compiled_chunk(algorithm, spec, capacity, train_host.CHUNK)
-    compile_seconds = time.perf_counter() - start
+    Each method does so much work and waits for it; timing is the caller's. `steps` is how many
+    environment steps `loop` may take in all. Raises `UsageError` for an environment that cannot be.
+    """
 
-    session = Session(algorithm, environment, 0, steps=capacity, eval_episodes=1)
-    while session.env_steps < WARMUP + train_host.CHUNK:
-        session.advance(capacity)
-    loop = _median_seconds(lambda: session.advance(capacity), REPEATS) / train_host.CHUNK
+    compile_seconds: float
+    flops: int
+    """Floating-point operations in the matrix products of one update."""
 
-    policy = train_host.exploration_policy(algorithm, spec, 1)
-    obs = np.asarray(session.runner.replay.data.obs[:1])
-    read, key = policy.read(session.runner.agent), jr.key(0)
-    carry = policy.init_carry()
+    def __init__(self, algorithm_name: str, environment_name: str, *, steps: int, **fields: Any):
+        algorithm = ALGORITHMS[algorithm_name](warmup_steps=WARMUP, **fields)
+        try:
+            environment = environment_class(environment_name)(id=environment_name)
+            task = environment.open()
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        spec = task.spec
+        task.close()
 
-    def act() -> None:
-        for step in range(100):
-            policy(read, carry, obs, key, step)
+        start = time.perf_counter()
+        self._policy = train_host.exploration_policy(algorithm, spec, 1)
+        size = train_host.chunk_steps(environment)
+        self._until = WARMUP + size + steps
+        train_host.compiled_chunk(algorithm, spec, self._until, size)
+        self.compile_seconds = time.perf_counter() - start
 
-    acting = _median_seconds(act, REPEATS) / 100
+        self._session = Session(algorithm, environment, 0, steps=self._until, eval_episodes=1)
+        while self._session.env_steps < WARMUP + size:
+            self._session.advance(self._until)
+        self._obs = np.asarray(self._session.runner.replay.data.obs[:1])
+        self._rows = self._session.collector.empty_block()
+        batch = jax.eval_shape(lambda: replay.empty_rows(spec, algorithm.batch_size))
+        self.flops = matmul_flops(
+            lambda state, batch, key: algorithm.update(state, batch, key=key),
+            self._session.runner.agent,
+            batch,
+            jr.key(0),
+        )
 
-    chunk = train_host.compiled_chunk(algorithm, spec, capacity, train_host.CHUNK)
-    rows = session.collector.empty_block()
-
-    def update() -> None:
-        session.runner, _, finite = chunk(
-            session.runner, rows, np.int32(0), np.int32(train_host.CHUNK), key
+    def update(self, count: int) -> None:
+        """`count` updates in one call, on batches from the replay buffer."""
+        self._session.runner, _, finite = self._session._chunk(
+            self._session.runner, self._rows, np.int32(0), np.int32(count), jr.key(0)
         )
         jax.block_until_ready(finite)
 
-    updating = _median_seconds(update, REPEATS) / train_host.CHUNK
-    session.close()
-    # kilobytes on Linux, bytes on macOS
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    def act(self, count: int) -> None:
+        """`count` explored actions, one observation at a time."""
+        read = self._policy.read(self._session.runner.agent)
+        carry, key = self._policy.init_carry(), jr.key(0)
+        for step in range(count):
+            self._policy(read, carry, self._obs, key, step)
+
+    def loop(self, count: int) -> None:
+        """`count` steps of training: environment, replay and updates."""
+        until = self._session.env_steps + count
+        if until > self._until:
+            raise ValueError(f"`loop` was to take {self._until} steps in all, not {until}.")
+        while self._session.env_steps < until:
+            self._session.advance(until)
+
+    def close(self) -> None:
+        """Close the environments."""
+        self._session.close()
+
+
+def measure(algorithm_name: str, environment_name: str) -> dict[str, Any]:
+    """One row of `qscore bench --json`. Raises `UsageError` for an environment that cannot be."""
+    size = train_host.CHUNK
+    subject = Subject(algorithm_name, environment_name, steps=REPEATS * size)
+    loop = _median_seconds(subject.loop, size)
+    acting = _median_seconds(subject.act, 100)
+    updating = _median_seconds(subject.update, size)
+    subject.close()
     return {
         "algorithm": algorithm_name,
         "environment": environment_name,
         "updates_per_second": 1.0 / updating,
         "act_milliseconds": 1000.0 * acting,
         "env_steps_per_second": 1.0 / loop,
-        "compile_seconds": compile_seconds,
-        "peak_memory_mb": peak / (1024.0 if sys.platform != "darwin" else 1024.0**2),
+        "compile_seconds": subject.compile_seconds,
+        "peak_memory_mb": peak_memory_mb(),
     }
+
+
+def peak_memory_mb() -> float:
+    """The most memory that this process has had resident so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024.0 if sys.platform != "darwin" else 1024.0**2)  # bytes on macOS
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -127,10 +163,11 @@ def _subprograms(equation: Any) -> Iterator[Any]:
                 yield inner
 
 
-def _median_seconds(function: Any, repeats: int) -> float:
+def _median_seconds(work: Callable[[int], None], count: int) -> float:
+    """Seconds per unit of `work`, the median of several calls for `count` units each."""
     times = []
-    for _ in range(repeats):
+    for _ in range(REPEATS):
         start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
+        work(count)
+        times.append((time.perf_counter() - start) / count)
     return float(np.median(times))
