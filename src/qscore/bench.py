@@ -84,7 +84,9 @@ class Subject:
         """`count` steps of training: environment, replay and updates."""
         until = self._session.env_steps + count
         if until > self._until:
-            raise ValueError(f"`loop` was to take {self._until} steps in all, not {until}.")
+            raise ValueError(
+                f"there is room for {self._until} steps, warm-up included; not {until}"
+            )
         while self._session.env_steps < until:
             self._session.advance(until)
 

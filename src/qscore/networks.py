@@ -20,7 +20,7 @@ Initializer = Callable[[Key, Sequence[int]], Array]
 
 GLOROT: Initializer = jax.nn.initializers.glorot_uniform()
 LECUN: Initializer = jax.nn.initializers.lecun_normal()
-"""Variance 1 / inputs: twice Glorot's between equal layers, ten times in a first layer from few."""
+"""Variance 1 / inputs, where Glorot's is 2 / (inputs + outputs): more in a widening first layer."""
 
 
 @jax.custom_jvp
