@@ -166,7 +166,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     parser.add_argument("--task", default="HalfCheetah-v5")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--cores", type=int, nargs="+", default=[0])
+    one = sorted(os.sched_getaffinity(0))[:1]
+    parser.add_argument("--cores", type=int, nargs="+", default=one)
     parser.add_argument("--rivals", type=Path, default=Path(".venv-rivals"))
     args = parser.parse_args()
     if REFERENCE not in args.only:
