@@ -534,6 +534,6 @@ def test_learns_pendulum(seed):
         critic_lr=1e-3,
         warmup_steps=1_000,
     )
-    session = learn(Host("Pendulum-v1"), algorithm, seed, steps=8_000, eval_episodes=5)
+    session = learn(Host("Pendulum-v1"), algorithm, seed, steps=10_000, eval_episodes=5)
     returns, _ = session.evaluate(0)
     assert np.mean(returns) > -250.0

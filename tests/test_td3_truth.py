@@ -286,6 +286,6 @@ def test_learns_pendulum(seed):
     # small networks and large steps: seconds, not minutes
     steps = {"actor_lr": 1e-3, "critic_lr": 1e-3, "warmup_steps": 1_000}
     algorithm = TD3(hidden=(64, 64), batch_size=128, **steps)
-    session = learn(Host("Pendulum-v1"), algorithm, seed, steps=6_000, eval_episodes=5)
+    session = learn(Host("Pendulum-v1"), algorithm, seed, steps=8_000, eval_episodes=5)
     returns, _ = session.evaluate(0)
     assert np.mean(returns) > -250.0

@@ -56,13 +56,10 @@ class Contestant:
         library, algorithm, fields = CONTESTANTS[name]
         script = Path(__file__).with_name("contestant.py")
         command = [python, str(script), library, algorithm, task, "--steps", str(steps)]
+        command += ["--fields", json.dumps(fields), "--cores", *map(str, sorted(cores))]
         self.name = name
         self.process = subprocess.Popen(
-            [*command, "--fields", json.dumps(fields)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.about = self._answer()
 
@@ -75,13 +72,14 @@ class Contestant:
 
     def stop(self) -> None:
         """End the process."""
-        self.process.kill()
-        self.process.wait()
+        with self.process:  # closes its pipes, too
+            self.process.kill()
 
     def _answer(self) -> Any:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
+            self.stop()
             raise SystemExit(f"error: {self.name} ended; what it said is above")
         return json.loads(line)
 

@@ -79,7 +79,9 @@ def main() -> None:
     parser.add_argument("task")
     parser.add_argument("--steps", type=int, required=True, help="that `loop` will take in all")
     parser.add_argument("--fields", type=json.loads, default={})
+    parser.add_argument("--cores", type=int, nargs="+", required=True)
     args = parser.parse_args()
+    os.sched_setaffinity(0, args.cores)  # before any library counts them
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not come between the answers
