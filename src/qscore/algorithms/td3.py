@@ -55,12 +55,19 @@ def smoothed(
     return jnp.clip(action + jnp.clip(noise, -bound, bound), -1.0, 1.0)
 
 
+def own_values(
+    actor: DeterministicActor, critics: Critic, obs: Float[AnyArray, "batch obs"]
+) -> tuple[Float[Array, "batch act"], Float[Array, " batch"]]:
+    """pi(s) and min_i Q_i(s, pi(s)) at every row."""
+    action = jax.vmap(lambda obs: actor(obs))(obs)
+    return action, jnp.min(q_values(critics, obs, action), axis=0)
+
+
 def actor_loss(
     actor: DeterministicActor, critics: Critic, obs: Float[AnyArray, "batch obs"]
 ) -> tuple[Float[Array, ""], Metrics]:
     """-mean min_i Q_i(s, pi(s)), differentiated through the action."""
-    action = jax.vmap(lambda obs: actor(obs))(obs)
-    loss = -jnp.mean(jnp.min(q_values(critics, obs, action), axis=0))
+    loss = -jnp.mean(own_values(actor, critics, obs)[1])
     return loss, {"actor_loss": loss}
 
 
@@ -68,8 +75,7 @@ def offline_actor_loss(
     actor: DeterministicActor, critics: Critic, batch: Transition, *, bc_weight: float
 ) -> tuple[Float[Array, ""], Metrics]:
     """-mean Q / mean |Q| + bc_weight mean (pi(s) - a)^2, over components too; Q = min_i Q_i."""
-    action = jax.vmap(lambda obs: actor(obs))(batch.obs)
-    value = jnp.min(q_values(critics, batch.obs, action), axis=0)
+    action, value = own_values(actor, critics, batch.obs)
     # critics that are zero everywhere pull nowhere: 0 / 0 must stay 0
     unit = jnp.maximum(jax.lax.stop_gradient(jnp.mean(jnp.abs(value))), 1e-12)
     cloning = jnp.mean((action - batch.action) ** 2)
