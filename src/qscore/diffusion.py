@@ -147,7 +147,6 @@ def sample(
       beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t), that of q(a_{t-1} | a_t, a_0).
     - `clip` bounds every intermediate vector to [-clip, clip], as the published QSM code does.
     """
-    start_key, step_key = jr.split(key)
     alpha_bar = schedule.alpha**2
     previous = jnp.concatenate([jnp.ones(1, jnp.float32), alpha_bar[:-1]])
     remaining = 1.0 - alpha_bar
@@ -157,14 +156,16 @@ def sample(
     posterior = schedule.beta * (1.0 - previous) / remaining
     spread = jnp.sqrt(schedule.beta if variance == "beta" else posterior).at[0].set(0.0)
 
-    def step(noised, level):
+    def step(noised, inputs):
+        level, noise = inputs
         mean = on_clean[level] * denoiser(noised, level) + on_noised[level] * noised
-        noised = mean
-        if noise_scale > 0.0:
-            noise = jr.normal(jr.fold_in(step_key, level), (size,))
-            noised = mean + noise_scale * spread[level] * noise
+        noised = mean if noise is None else mean + spread[level] * noise
         return (noised if clip is None else jnp.clip(noised, -clip, clip)), None
 
-    start = noise_scale * jr.normal(start_key, (size,)) if noise_scale > 0.0 else jnp.zeros(size)
-    levels = jnp.arange(schedule.levels - 1, -1, -1)
-    return jax.lax.scan(step, start, levels)[0]
+    levels = jnp.arange(schedule.levels)
+    start, noise = jnp.zeros(size), None
+    if noise_scale > 0.0:
+        # one draw for the whole chain; row t is what arriving at level t adds, the last one starts
+        draws = noise_scale * jr.normal(key, (schedule.levels, size))
+        start, noise = draws[-1], jnp.roll(draws, 1, axis=0)
+    return jax.lax.scan(step, start, (levels, noise), reverse=True)[0]

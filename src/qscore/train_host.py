@@ -42,7 +42,9 @@ def compiled_chunk(algorithm: Algorithm, spec: Spec, capacity: int, rows: int) -
     block = jax.eval_shape(lambda: replay.empty_rows(spec, rows))
     integer = jax.ShapeDtypeStruct((), jnp.int32)
     lowered = jax.jit(chunk, donate_argnums=0).lower(runner, block, integer, integer, jr.key(0))
-    return lowered.compile()
+    # XLA uses half of a 512-bit register unless told otherwise: 4 to 6% of an update's time
+    wide = {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else {}
+    return lowered.compile(compiler_options=wide)
 
 
 class Policy:
