@@ -143,8 +143,9 @@ def test_denoising_loss_is_least_at_the_posterior_mean():
 
 def draw(denoiser, schedule, size, count, key, **kwargs):
     """`count` samples of the chain, `float64[count, size]`."""
-    sampler = jax.vmap(lambda key: diffusion.sample(denoiser, schedule, size, key=key, **kwargs))
-    return np.asarray(jax.jit(sampler)(jr.split(key, count)), np.float64)
+    noise = jr.normal(key, (count, schedule.levels, size))
+    sampler = jax.vmap(lambda noise: diffusion.sample(denoiser, schedule, noise, **kwargs))
+    return np.asarray(jax.jit(sampler)(noise), np.float64)
 
 
 def gaussian_chain(name, levels, mean, spread, variance):
@@ -224,31 +225,29 @@ def test_sampler_keeps_the_weights_of_two_modes(name, variance):
     assert abs(samples.var() / var - 1.0) < 0.05
 
 
-def test_chain_without_noise_is_deterministic():
+def test_chain_without_noise_is_the_mean_of_the_noisy_chain():
+    # the denoiser is linear, and so is every step
     schedule = SCHEDULES["cosine"](10)
     denoiser = gaussian_denoiser(schedule, MEAN, SPREAD)
-
-    def one(key, noise_scale):
-        return diffusion.sample(denoiser, schedule, 2, key=key, noise_scale=noise_scale)
-
-    silent = [np.asarray(one(jr.key(seed), 0.0)) for seed in (0, 1)]
-    noisy = [np.asarray(one(jr.key(seed), 1.0)) for seed in (0, 1)]
-    np.testing.assert_array_equal(silent[0], silent[1])
-    assert np.all(np.abs(noisy[0] - noisy[1]) > 1e-3)
-    # it is the mean of the noisy chain: the denoiser is linear, and so is every step
+    silent = diffusion.sample(denoiser, schedule, jnp.zeros((10, 2)))
     mean = [gaussian_chain("cosine", 10, float(m), SPREAD, "beta")[0] for m in MEAN]
-    assert_close(silent[0], np.array(mean), loosen=10.0, why="ten steps, each with a division")
+    assert_close(silent, np.array(mean), loosen=10.0, why="ten steps, each with a division")
 
 
-def test_noise_scale_multiplies_every_noise():
-    # the chain of a Gaussian around 0 is linear in its noises
-    schedule = SCHEDULES["vp"](10)
+def test_every_noise_enters_the_chain_where_it_belongs():
+    # the chain of a Gaussian around 0 is linear in its noises: one row at a time, in closed form
+    levels = 4
+    schedule, alpha_bar = SCHEDULES["vp"](levels), reference_alpha_bar("vp", levels)
     denoiser = gaussian_denoiser(schedule, 0.0, SPREAD)
-    whole, half = (
-        diffusion.sample(denoiser, schedule, 2, key=jr.key(5), noise_scale=scale)
-        for scale in (1.0, 0.5)
-    )
-    assert_close(half, 0.5 * np.asarray(whole))
+    beta = 1.0 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
+    slope = beta / (alpha_bar * SPREAD**2 + 1.0 - alpha_bar)
+    gain = (1.0 - slope) / np.sqrt(1.0 - beta)  # of the step from level t, as in `gaussian_chain`
+    for row in range(levels):
+        noise = jnp.zeros((levels, 1)).at[row].set(0.7)
+        sample = diffusion.sample(denoiser, schedule, noise, variance="beta")
+        added = 1.0 if row == levels - 1 else np.sqrt(beta[row + 1])
+        expected = 0.7 * added * np.prod(gain[: row + 1])
+        assert_close(sample, np.array([expected]), loosen=10.0, why="steps with a division each")
 
 
 def test_clip_bounds_every_step_of_the_chain():
@@ -259,7 +258,7 @@ def test_clip_bounds_every_step_of_the_chain():
         return jnp.where(level > 0, jnp.full(2, 7.0), 0.5 * noised)
 
     def one(clip):
-        return diffusion.sample(denoiser, schedule, 2, key=jr.key(6), noise_scale=0.0, clip=clip)
+        return diffusion.sample(denoiser, schedule, jnp.zeros((3, 2)), clip=clip)
 
     assert np.all(np.asarray(one(None)) > 1.0)
     assert_close(one(1.0), np.full(2, 0.5))

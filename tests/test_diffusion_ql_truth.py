@@ -50,15 +50,17 @@ def setting(spec=SPEC, **fields):
 # The chain, in NumPy ------------------------------------------------------------------------------
 
 
-def chain_noise(keys, size=SPEC.action_size):
-    """What a chain of these keys draws, in float64: its start and the noise of every level."""
+def chain_noise(key, rows):
+    """What a batch of chains draws, in float64: their starts, and their noises by level."""
+    draws = wide(jr.normal(key, (CHAIN.levels, rows, SPEC.action_size)))
+    return draws[-1], np.roll(draws, 1, axis=0)
 
-    def draw(key):
-        draws = jr.normal(key, (CHAIN.levels, size))
-        return draws[-1], jnp.roll(draws, 1, axis=0)
 
-    start, steps = quick_jit(jax.vmap(draw))(keys)
-    return wide(start), np.moveaxis(wide(steps), 1, 0)
+def chain_noise_each(keys):
+    """The same of chains that are sampled one by one, each with a key of its own."""
+    shape = (CHAIN.levels, SPEC.action_size)
+    draws = np.swapaxes(wide(jax.vmap(lambda key: jr.normal(key, shape))(keys)), 0, 1)
+    return draws[-1], np.roll(draws, 1, axis=0)
 
 
 def numpy_chain(actor, obs, noise):
@@ -86,7 +88,7 @@ def test_chain_is_the_ancestral_sampler():
     _, state, _ = setting()
     obs, key = random_batch(SPEC, ROWS, jr.key(12)).obs, jr.key(13)
     sample = quick_jit(lambda obs, key: CHAIN.sample_batch(state.actor, obs, key=key))
-    expected = numpy_chain(wide(state.actor), wide(obs), chain_noise(jr.split(key, ROWS)))
+    expected = numpy_chain(wide(state.actor), wide(obs), chain_noise(key, ROWS))
     assert_close(sample(obs, key), expected, **CHAINED)
 
 
@@ -114,7 +116,7 @@ def test_value_is_differentiated_through_the_whole_chain(normalization, leader):
         actor, state.critics, obs, jnp.int32(leader), key
     )
     base, critics, obs = wide(actor), unstack(state.critics), wide(obs)
-    noise = chain_noise(jr.split(key, ROWS))
+    noise = chain_noise(key, ROWS)
 
     def unit(action, leader=leader):
         if normalization == "value":
@@ -197,7 +199,7 @@ def test_critics_learn_the_smaller_target_at_the_averages_next_action():
         )[1]
     )
     metrics = quick_jit(one_row)(batch, keys)
-    noise = chain_noise(jax.vmap(lambda key: jr.split(jr.split(key)[0], 1)[0])(keys))
+    noise = chain_noise_each(jax.vmap(lambda key: jr.split(key)[0])(keys))
 
     obs, action, next_obs = wide(batch.obs), wide(batch.action), wide(batch.next_obs)
     online, target = unstack(state.critics), unstack(state.target_critics)
@@ -239,7 +241,7 @@ def test_backup_takes_the_best_of_ten_for_each_critic_and_the_smaller_of_those()
     value, _ = quick_jit(lambda key: algorithm._next_value(state, batch, key=key))(next_key)
 
     obs = np.repeat(wide(batch.next_obs), 10, axis=0)
-    noise = chain_noise(jr.split(next_key, 10 * ROWS))
+    noise = chain_noise(next_key, 10 * ROWS)
     action = numpy_chain(wide(state.average_actor), obs, noise)
     q = np.stack([numpy_q(c, obs, action).reshape(ROWS, 10) for c in unstack(state.target_critics)])
     best = np.min(np.max(q, axis=2), axis=0)
@@ -274,7 +276,7 @@ def test_one_update_clones_and_climbs_the_new_critics():
     error = np.choose(level[:, None], every) - wide(noise)
     assert_close(metrics["bc_loss"], np.mean(error**2), **CHAINED)
 
-    action = numpy_chain(actor, obs, chain_noise(jr.split(chain_key, ROWS)))
+    action = numpy_chain(actor, obs, chain_noise(chain_key, ROWS))
 
     def values(critics):
         one, two = (numpy_q(critic, obs, action) for critic in unstack(critics))
@@ -388,7 +390,7 @@ def test_exploring_adds_noise_to_the_actors_sample_and_evaluation_samples_the_av
         return jax.vmap(one)(keys)
 
     explored, evaluated, chain_keys = act(keys)
-    rows, noise = np.broadcast_to(wide(obs), (2000, 3)), chain_noise(chain_keys)
+    rows, noise = np.broadcast_to(wide(obs), (2000, 3)), chain_noise_each(chain_keys)
     assert_close(evaluated, numpy_chain(wide(state.average_actor), rows, noise), **CHAINED)
     sample = numpy_chain(wide(state.actor), rows, noise)
     added = (wide(explored) - sample)[np.abs(sample) < 0.75]  # five deviations from the bounds

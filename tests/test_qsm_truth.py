@@ -322,8 +322,8 @@ def actor_trainer(levels, steps, rows, algorithm=BOLTZMANN, data=None):
     [
         # the chain's variance is 4% off, a short training's up to as much again
         (50, 2000, 128, 0.1),
-        # the chain's is 2% off, and the standard error of 16384 draws 1%
-        pytest.param(100, 5000, 512, 0.05, marks=pytest.mark.slow),
+        # the chain's is 2% off; training and 16384 draws leave it up to 6% off
+        pytest.param(100, 5000, 512, 0.08, marks=pytest.mark.slow),
     ],
 )
 def test_quadratic_critic_gives_its_truncated_gaussian(levels, steps, rows, tolerance):

@@ -38,10 +38,10 @@ class Chain:
         """The tables of the schedule."""
         return diffusion.SCHEDULES[self.schedule](self.levels)
 
-    def sample(
-        self, actor: ScoreNetwork, obs: Float[Array, " obs"], *, key: Key, noise_scale: float = 1.0
+    def run(
+        self, actor: ScoreNetwork, obs: Float[Array, " obs"], noise: Float[Array, "levels act"]
     ) -> Float[Array, " act"]:
-        """One action in [-1, 1] from the chain at one observation; differentiable in the actor."""
+        """The action in [-1, 1] that the chain makes of its noise; differentiable in the actor."""
         tables = self.tables
         obs_code = actor.encode_obs(obs)
         # under vmap over observations these stay unbatched: one pass for all
@@ -56,13 +56,17 @@ class Chain:
         action = diffusion.sample(
             denoiser,
             tables,
-            actor.action_size,
-            key=key,
-            noise_scale=noise_scale,
+            noise,
             variance=self.variance,
             clip=1.0 if self.clip == "sample" else None,
         )
         return jnp.clip(action, -1.0, 1.0)
+
+    def sample(
+        self, actor: ScoreNetwork, obs: Float[Array, " obs"], *, key: Key, noise_scale: float = 1.0
+    ) -> Float[Array, " act"]:
+        """One action for one observation; `noise_scale` 0 is the deterministic chain."""
+        return self.sample_batch(actor, obs[None], key=key, noise_scale=noise_scale)[0]
 
     def sample_batch(
         self,
@@ -72,16 +76,18 @@ class Chain:
         key: Key,
         noise_scale: float = 1.0,
     ) -> Float[Array, "batch act"]:
-        """One action per observation, each from a key of its own."""
-        return jax.vmap(lambda obs, key: self.sample(actor, obs, key=key, noise_scale=noise_scale))(
-            obs, jr.split(key, obs.shape[0])
-        )
+        """One action per observation, each from noise of its own."""
+        shape = (self.levels, obs.shape[0], actor.action_size)
+        # levels first, as the chain takes them; nothing is drawn where nothing is wanted
+        noise = noise_scale * jr.normal(key, shape) if noise_scale > 0.0 else jnp.zeros(shape)
+        return jax.vmap(lambda obs, noise: self.run(actor, obs, noise), (0, 1))(obs, noise)
 
     def add_noise(
         self, action: Float[AnyArray, "batch act"], *, level_key: Key, noise_key: Key
     ) -> tuple[Float[Array, "batch act"], Int[Array, " batch"], Float[Array, "batch act"]]:
         """(a_t, t, eps) with a uniform level t and Gaussian eps for every row."""
-        level = jr.randint(level_key, (action.shape[0],), 0, self.levels)
+        # the remainder of one draw; `randint` takes two, to be exact where this is off by 1e-9
+        level = (jr.bits(level_key, action.shape[:1]) % self.levels).astype(jnp.int32)
         noise = jr.normal(noise_key, action.shape)
         tables = self.tables
         noised = jax.vmap(lambda *args: diffusion.add_noise(tables, *args))(action, level, noise)

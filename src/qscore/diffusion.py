@@ -132,17 +132,16 @@ def denoising_loss(
 def sample(
     denoiser: Denoiser,
     schedule: NoiseSchedule,
-    size: int,
+    noise: Float[Array, "levels act"],
     *,
-    key: Key,
-    noise_scale: float = 1.0,
     variance: Variance = "posterior",
     clip: float | None = None,
 ) -> Float[Array, " act"]:
-    """Run the reverse chain for one vector of `size` components (Ho et al. 2020, algorithm 2).
+    """Run the reverse chain for one vector (Ho et al. 2020, algorithm 2).
 
-    - `noise_scale` multiplies the start and every later noise: 1 samples, 0 is the deterministic
-      chain from the origin.
+    - `noise`: where the chain starts is the last row, and row t is added on arriving at level t, in
+      units of that step's deviation. From standard normal rows the chain samples; from zeros it is
+      the deterministic chain from the origin.
     - `variance` of each step: `"beta"` is beta_t; `"posterior"` is
       beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t), that of q(a_{t-1} | a_t, a_0).
     - `clip` bounds every intermediate vector to [-clip, clip], as the published QSM code does.
@@ -157,15 +156,11 @@ def sample(
     spread = jnp.sqrt(schedule.beta if variance == "beta" else posterior).at[0].set(0.0)
 
     def step(noised, inputs):
-        level, noise = inputs
+        level, added = inputs
         mean = on_clean[level] * denoiser(noised, level) + on_noised[level] * noised
-        noised = mean if noise is None else mean + spread[level] * noise
+        noised = mean + spread[level] * added
         return (noised if clip is None else jnp.clip(noised, -clip, clip)), None
 
     levels = jnp.arange(schedule.levels)
-    start, noise = jnp.zeros(size), None
-    if noise_scale > 0.0:
-        # one draw for the whole chain; row t is what arriving at level t adds, the last one starts
-        draws = noise_scale * jr.normal(key, (schedule.levels, size))
-        start, noise = draws[-1], jnp.roll(draws, 1, axis=0)
-    return jax.lax.scan(step, start, (levels, noise), reverse=True)[0]
+    steps = (levels, jnp.roll(noise, 1, axis=0))  # from level t one arrives at level t - 1
+    return jax.lax.scan(step, noise[-1], steps, reverse=True)[0]

@@ -57,5 +57,7 @@ def add(replay: Replay, rows: Transition, count: Int[Array, ""]) -> Replay:
 
 def sample(replay: Replay, batch_size: int, *, key: Key) -> Transition:
     """`batch_size` transitions, uniformly and with replacement. The buffer must not be empty."""
-    index = jr.randint(key, (batch_size,), 0, replay.size)
+    # the remainder of one draw: of a million rows, none is likelier than another by more than
+    # 0.03%; `randint` is closer, by a second draw
+    index = jr.bits(key, (batch_size,)) % replay.size.astype(jnp.uint32)
     return jax.tree.map(lambda leaf: leaf[index], replay.data)
