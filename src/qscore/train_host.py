@@ -42,11 +42,11 @@ def compiled_chunk(algorithm: Algorithm, spec: Spec, capacity: int, rows: int) -
     runner = jax.eval_shape(lambda: init_runner(algorithm, spec, capacity, key=jr.key(0)))
     block = jax.eval_shape(lambda: replay.empty_rows(spec, rows))
     integer = jax.ShapeDtypeStruct((), jnp.int32)
-    program = jax.jit(with_fast_products(chunk), donate_argnums=0)
+    on_cpu = jax.default_backend() == "cpu"
+    program = jax.jit(with_fast_products(chunk) if on_cpu else chunk, donate_argnums=0)
     lowered = program.lower(runner, block, integer, integer, jr.key(0))
     # XLA uses half of a 512-bit register unless told otherwise: 4 to 6% of an update's time
-    wide = {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else {}
-    return lowered.compile(compiler_options=wide)
+    return lowered.compile(compiler_options={"xla_cpu_prefer_vector_width": 512} if on_cpu else {})
 
 
 class Policy:
