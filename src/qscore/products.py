@@ -73,11 +73,11 @@ def _replacement(equation: JaxprEqn) -> list[JaxprEqn]:
     sides = [atom.aval for atom in equation.invars]
     body = jax.make_jaxpr(lambda *sides: _product(*sides, **equation.params))(*sides).jaxpr
     ends = zip([*body.invars, *body.outvars], [*equation.invars, *equation.outvars], strict=True)
-    place = dict(ends)
+    place = {id(inner): outer for inner, outer in ends}
     return [
         inner.replace(
-            invars=[place.get(atom, atom) for atom in inner.invars],
-            outvars=[place.get(variable, variable) for variable in inner.outvars],
+            invars=[place.get(id(atom), atom) for atom in inner.invars],
+            outvars=[place.get(id(variable), variable) for variable in inner.outvars],
         )
         for inner in body.eqns
     ]
