@@ -1,5 +1,6 @@
 """Figures of finished or running runs, drawn without a screen."""
 
+import gc
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -63,8 +64,7 @@ def plot_returns(runs: dict[str, Curves], out: Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
+    _save(figure, out)
 
 
 def plot_comparisons(comparisons: dict[int, Comparison], out: Path) -> None:
@@ -83,5 +83,12 @@ def plot_comparisons(comparisons: dict[int, Comparison], out: Path) -> None:
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=8, markerscale=4)
     figure.suptitle("relative L2 error over standard normal states and actions", fontsize=9)
+    _save(figure, out)
+
+
+def _save(figure: Figure, out: Path) -> None:
+    """Write a figure, and free the ones before it."""
+    # each is some MB in a cycle of references, which Python would let pile up
+    gc.collect()
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out)
