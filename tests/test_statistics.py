@@ -57,6 +57,6 @@ def test_figures_do_not_pile_up(tmp_path):
     try:
         for _ in range(4):
             plot_returns({"run": {0: {10: [1.0]}}}, tmp_path / "figure.png")
+        assert alive() - before <= 1
     finally:
         gc.enable()
-    assert alive() - before <= 1
