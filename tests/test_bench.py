@@ -63,8 +63,12 @@ def test_ratios_are_taken_round_by_round(compare):
         per = count / 1.0 if verb == "loop" else 1e3 / count
         assert row["median"] == pytest.approx(per, abs=1e-3)
         assert row["quartiles"][0] < row["median"] < row["quartiles"][1]
+    # its single updates took three times as long as those in one call
+    results["SBX SAC"]["single"] = [3.0 * seconds for seconds in reference]
+    table = compare.summarize(results, "SBX SAC")
+    assert table["sac"]["update_against_single"] == 6.0
     text = compare.markdown(table, "SBX SAC")
-    assert "| sac | 20 (2.00) | 20 (2.00) | 5 (2.00) | 50 (2.00) | 1.0 | 100 |" in text
+    assert "| sac | 20 (2.00) | 20 (6.00) | 5 (2.00) | 50 (2.00) | 1.0 | 100 | 6.00 |" in text
 
 
 @pytest.mark.slow

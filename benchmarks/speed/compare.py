@@ -127,6 +127,9 @@ def summarize(results: dict[str, Any], reference: str) -> dict[str, Any]:
             "compile_seconds": round(measured["about"]["compile_seconds"], 2),
             "peak_memory_mb": round(measured["peak_memory_mb"]),
         }
+        single = np.array(results[reference]["single"]) / WORK["single"]
+        each = np.array(measured["update"]) / WORK["update"]
+        row["update_against_single"] = round(float(np.median(single / each)), 3)
         for verb, count in WORK.items():
             seconds, other = np.array(measured[verb]), np.array(results[reference][verb])
             per = count / seconds if verb == "loop" else 1e3 * seconds / count
@@ -143,16 +146,17 @@ def summarize(results: dict[str, Any], reference: str) -> dict[str, Any]:
 def markdown(table: dict[str, Any], reference: str) -> str:
     """The summary as a table; in brackets how many times as fast as the reference."""
     lines = [
-        "| | update, ms | one per call, ms | act, ms | loop, steps/s | compile, s | memory, MB |\n"
-        "|---|---|---|---|---|---|---|"
+        "| | update, ms | one per call, ms | act, ms | loop, steps/s | compile, s | memory, MB "
+        f"| update, against {reference}'s one per call |\n|---|---|---|---|---|---|---|---|"
     ]
     for name, row in table.items():
         cells = [
             f"{row[verb]['median']:.3g} ({row[verb]['speed_ratio']:.2f})"
             for verb in ("update", "single", "act", "loop")
         ]
-        memory = f"{row['compile_seconds']:.1f} | {row['peak_memory_mb']}"
-        lines.append(f"| {name} | {' | '.join(cells)} | {memory} |")
+        rest = f"{row['compile_seconds']:.1f} | {row['peak_memory_mb']}"
+        against = f"{row['update_against_single']:.2f}"
+        lines.append(f"| {name} | {' | '.join(cells)} | {rest} | {against} |")
     return "\n".join(lines) + f"\n\nIn brackets: speed as a multiple of {reference}'s.\n"
 
 

@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from compare import CONTESTANTS
+
 PRODUCTS = 200
 UPDATES = 50
 ROWS = 256
@@ -65,8 +67,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--algorithms", nargs="+", default=["qsm", "sac", "td3", "diffusion_ql"])
-    parser.add_argument("--preset", default=None)
+    ours = [name for name, (library, _, _) in CONTESTANTS.items() if library == "qscore"]
+    parser.add_argument("--only", nargs="+", choices=ours, default=["qsm", "qsm, official", "sac"])
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--rounds", type=int, default=15)
     one = sorted(os.sched_getaffinity(0))[:1]
@@ -74,16 +76,16 @@ def main() -> None:
     args = parser.parse_args()
     os.sched_setaffinity(0, args.cores)  # before JAX counts them
 
-    fields = {} if args.preset is None else {"preset": args.preset}
     results: dict[str, Any] = {
         "machine": f"{platform.machine()}, {len(args.cores)} of {os.cpu_count()} cores",
         "rounds": args.rounds,
     }
-    for algorithm in args.algorithms:
+    for name in args.only:
+        _, algorithm, fields = CONTESTANTS[name]
         for width in args.widths:
             row = measure(algorithm, fields, width, args.rounds)
-            results[f"{algorithm}, {width}"] = row
-            print(algorithm, width, row, flush=True)
+            results[f"{name}, {width}"] = row
+            print(name, width, row, flush=True)
     args.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
