@@ -57,6 +57,9 @@ BAD = {
     "train qsm Pendulum-v1 --algorithm.preset best": "one of ('default', 'official', 'offline')",
     "train qsm Pendulum-v1 --environment.dt 0.02": "can only be its own, 0.05 s; got 0.02",
     "train qsm Pendulum-v1 --environment.num-envs 0": "`num_envs` must lie in [1, 4096], got 0",
+    f"train qsm Pendulum-v1 --steps {10**12} --algorithm.replay-capacity {10**12}": (
+        "take 38184.2 GiB (1 x 1000000000000 transitions of 41 bytes), and as much again"
+    ),
     "resume nowhere": "nowhere is not a run folder: there is no such folder",
     "resume .": "is not a run folder: it has no config.json",
     "eval nowhere": "nowhere is not a run folder",

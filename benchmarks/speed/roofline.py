@@ -15,6 +15,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +26,42 @@ UPDATES = 50
 ROWS = 256
 
 
-def measure(algorithm: str, fields: dict[str, Any], width: int, rounds: int) -> dict[str, Any]:
-    """Medians over rounds for one algorithm with two hidden layers of `width`."""
+def products(width: int) -> Callable[[], float]:
+    """Measures the rate of products (ROWS, width) x (width, width): operations per second."""
     import jax
     import jax.numpy as jnp
     import jax.random as jr
 
+    weight = jr.orthogonal(jr.key(0), width)
+    rows = jnp.ones((ROWS, width))
+
+    @jax.jit
+    def multiply(x):
+        return jax.lax.fori_loop(0, PRODUCTS, lambda _, x: x @ weight, x)
+
+    def rate() -> float:
+        start = time.perf_counter()
+        multiply(rows).block_until_ready()
+        return 2.0 * ROWS * width**2 * PRODUCTS / (time.perf_counter() - start)
+
+    rate()  # compiles
+    return rate
+
+
+def measure(algorithm: str, fields: dict[str, Any], width: int, rounds: int) -> dict[str, Any]:
+    """Medians over rounds for one algorithm with two hidden layers of `width`."""
     from qscore.bench import Subject
 
     subject = Subject(algorithm, "HalfCheetah-v5", steps=0, hidden=(width, width), **fields)
-    weight = jr.orthogonal(jr.key(0), width)
-
-    @jax.jit
-    def products(x):
-        return jax.lax.fori_loop(0, PRODUCTS, lambda _, x: x @ weight, x)
-
-    rows = jnp.ones((ROWS, width))
-    rates, times = [], []
+    rate, rates, times = products(width), [], []
     for turn in range(rounds + 1):
+        now = rate()
         start = time.perf_counter()
-        products(rows).block_until_ready()
-        middle = time.perf_counter()
         subject.update(UPDATES)
-        end = time.perf_counter()
-        if turn > 0:  # the first one compiles
-            rates.append(2.0 * ROWS * width**2 * PRODUCTS / (middle - start))
-            times.append((end - middle) / UPDATES)
+        seconds = (time.perf_counter() - start) / UPDATES
+        if turn > 0:  # the first one is slow
+            rates.append(now)
+            times.append(seconds)
     subject.close()
     shares = [subject.flops / each / rate for each, rate in zip(times, rates, strict=True)]
     return {

@@ -38,6 +38,12 @@ def empty_rows(spec: Spec, rows: int) -> Transition:
     )
 
 
+def row_bytes(spec: Spec) -> int:
+    """The size of one transition, in bytes."""
+    row = jax.eval_shape(lambda: empty_rows(spec, 1))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))
+
+
 def init(spec: Spec, capacity: int) -> Replay:
     """An empty buffer of `capacity` transitions."""
     return Replay(empty_rows(spec, capacity), jnp.zeros((), jnp.int32))

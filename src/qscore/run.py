@@ -16,9 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+import psutil
 
-from qscore import checkpoint, datasets
+from qscore import checkpoint, datasets, replay
 from qscore.algorithms import algorithm_name
 from qscore.algorithms.base import Algorithm
 from qscore.closed_form import compare
@@ -37,7 +39,8 @@ from qscore.folder import (
 from qscore.log import ProgressBar, RunLog
 from qscore.plots import plot_comparisons, plot_returns, read_evals
 from qscore.statistics import summarize
-from qscore.train_host import Diverged, Session, chunk_steps, inadmissible
+from qscore.train_host import Diverged, Session, chunk_steps, inadmissible, replay_rows
+from qscore.types import Spec
 
 PLOT_SECONDS = 15.0
 """The learning curve is redrawn at evaluations, but not more often than this."""
@@ -183,17 +186,41 @@ def _load_data(
     """The data set of a run. Opens the environment once: what is wrong with either is said here."""
     task = as_usage_error(environment.open)
     try:
-        if settings.dataset is None:
-            return None
-        data = datasets.load(settings.dataset, task)
+        data = None if settings.dataset is None else datasets.load(settings.dataset, task)
     finally:
         task.close()
-    if len(data) > algorithm.replay_capacity:
+    if data is not None and len(data) > algorithm.replay_capacity:
         raise UsageError(
             f"{settings.dataset} has {len(data)} transitions, more than "
             f"`algorithm.replay_capacity`, {algorithm.replay_capacity}."
         )
+    _check_memory(settings, algorithm, environment, task.spec, 0 if data is None else len(data))
     return data
+
+
+def _check_memory(
+    settings: Settings, algorithm: Algorithm, environment: Environment, spec: Spec, recorded: int
+) -> None:
+    """Refuse replay buffers that the free memory does not hold twice: a checkpoint copies them."""
+    rows = replay_rows(
+        algorithm,
+        environment,
+        steps=settings.total_steps,
+        recorded=recorded,
+        offline_steps=settings.offline_steps,
+    )
+    size = replay.row_bytes(spec)
+    stats = jax.devices()[0].memory_stats()  # none on a CPU
+    free = (
+        stats["bytes_limit"] - stats["bytes_in_use"] if stats else psutil.virtual_memory().available
+    )
+    needed = settings.seeds * rows * size
+    if 2 * needed > free:
+        raise UsageError(
+            f"the replay buffers take {needed / 2**30:.1f} GiB ({settings.seeds} x {rows} "
+            f"transitions of {size} bytes), and as much again while a checkpoint is written; "
+            f"{free / 2**30:.1f} GiB are free. Lower `algorithm.replay_capacity` or `seeds`."
+        )
 
 
 def _check_multiples(settings: Settings, rows: int) -> None:
@@ -233,6 +260,9 @@ class _Loop:
             raise RunStopped(f"the environment failed before training began: {error}") from error
         label = f"{algorithm_name(run.algorithm)} on {environment_name(run.environment)}"
         self.bar = ProgressBar(label, settings.total_steps, enabled=progress)
+        rows = sum(session.capacity for session in self.sessions)
+        size = rows * replay.row_bytes(self.sessions[0].spec)
+        self.bar.note(f"replay buffers of {size / 2**20:.0f} MiB")
 
     def restore(self) -> None:
         """Go back to the newest intact checkpoint; to the start where there is none."""

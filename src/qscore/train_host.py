@@ -367,6 +367,16 @@ def chunk_steps(environment: Environment) -> int:
     return -(-CHUNK // rows) * rows
 
 
+def replay_rows(
+    algorithm: Algorithm, environment: Environment, *, steps: int, recorded: int, offline_steps: int
+) -> int:
+    """Transitions that the replay buffer of one seed has room for."""
+    # every collected row where recorded ones are to be kept
+    room = steps - offline_steps if recorded else min(algorithm.replay_capacity, steps)
+    # never below a chunk, so that no chunk overwrites itself
+    return recorded + max(room, chunk_steps(environment))
+
+
 class Collector(Protocol):
     """Gathers experience for one seed, on the host or on the device."""
 
@@ -411,10 +421,9 @@ class Session:
         self.spec = self.collector.spec
         self.chunk = self.collector.chunk
         self.recorded = 0 if data is None else len(data.reward)
-        # room for every collected row where recorded ones are to be kept
-        room = min(algorithm.replay_capacity, steps) if data is None else steps - offline_steps
-        # never below a chunk, so that no chunk overwrites itself
-        self.capacity = self.recorded + max(room, self.chunk)
+        self.capacity = replay_rows(
+            algorithm, environment, steps=steps, recorded=self.recorded, offline_steps=offline_steps
+        )
         self._evaluation = evaluation_policy(algorithm, self.spec)
         self._chunk = compiled_chunk(algorithm, self.spec, self.capacity, self.chunk)
         self.runner = init_runner(algorithm, self.spec, self.capacity, key=init_key)
