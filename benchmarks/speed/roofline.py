@@ -48,11 +48,8 @@ def products(width: int) -> Callable[[], float]:
     return rate
 
 
-def measure(algorithm: str, fields: dict[str, Any], width: int, rounds: int) -> dict[str, Any]:
-    """Medians over rounds for one algorithm with two hidden layers of `width`."""
-    from qscore.bench import Subject
-
-    subject = Subject(algorithm, "HalfCheetah-v5", steps=0, hidden=(width, width), **fields)
+def in_turns(subject: Any, width: int, rounds: int) -> tuple[list[float], list[float]]:
+    """Rates of products, and seconds per update, of every round."""
     rate, rates, times = products(width), [], []
     for turn in range(rounds + 1):
         now = rate()
@@ -62,6 +59,15 @@ def measure(algorithm: str, fields: dict[str, Any], width: int, rounds: int) -> 
         if turn > 0:  # the first one is slow
             rates.append(now)
             times.append(seconds)
+    return rates, times
+
+
+def measure(algorithm: str, fields: dict[str, Any], width: int, rounds: int) -> dict[str, Any]:
+    """Medians over rounds for one algorithm with two hidden layers of `width`."""
+    from qscore.bench import Subject
+
+    subject = Subject(algorithm, "HalfCheetah-v5", steps=0, hidden=(width, width), **fields)
+    rates, times = in_turns(subject, width, rounds)
     subject.close()
     shares = [subject.flops / each / rate for each, rate in zip(times, rates, strict=True)]
     return {
@@ -73,15 +79,18 @@ def measure(algorithm: str, fields: dict[str, Any], width: int, rounds: int) -> 
     }
 
 
-def main() -> None:
+def report(
+    description: str | None, only: list[str], rounds: int, measure: Callable[..., dict[str, Any]]
+) -> None:
+    """The command: what `measure` says of this library's contestants, printed and written."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=description, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
     ours = [name for name, (library, _, _) in CONTESTANTS.items() if library == "qscore"]
-    parser.add_argument("--only", nargs="+", choices=ours, default=["qsm", "qsm, official", "sac"])
+    parser.add_argument("--only", nargs="+", choices=ours, default=only)
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 512])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=rounds)
     one = sorted(os.sched_getaffinity(0))[:1]
     parser.add_argument("--cores", type=int, nargs="+", default=one)
     args = parser.parse_args()
@@ -101,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    report(__doc__, ["qsm", "qsm, official", "sac"], 15, measure)

@@ -15,22 +15,17 @@ in milliseconds per update. A profile costs time by itself, most where there are
 `profiling`.
 """
 
-import argparse
 import gzip
 import json
-import os
-import platform
 import re
 import statistics
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from compare import CONTESTANTS
-from roofline import UPDATES, products
+from roofline import UPDATES, in_turns, report
 
 RANDOM = ("threefry", "_normal", "_uniform", "random")
 
@@ -77,15 +72,7 @@ def measure(algorithm: str, fields: dict[str, Any], width: int, rounds: int) -> 
     subject = Subject(algorithm, "HalfCheetah-v5", steps=0, hidden=(width, width), **fields)
     program = subject._session._chunk.as_text()
     origins = operations(program)
-    rate, rates, times = products(width), [], []
-    for turn in range(rounds + 1):
-        now = rate()
-        start = time.perf_counter()
-        subject.update(UPDATES)
-        seconds = (time.perf_counter() - start) / UPDATES
-        if turn > 0:  # the first one is slow
-            rates.append(now)
-            times.append(seconds)
+    rates, times = in_turns(subject, width, rounds)
     terms: dict[str, float] = defaultdict(float)
     for name, taken in profile(lambda: subject.update(UPDATES)).items():
         if name in origins or name.split(".")[0] in ("copy", "ynn_fusion", "dot"):
@@ -97,30 +84,5 @@ def measure(algorithm: str, fields: dict[str, Any], width: int, rounds: int) -> 
     return {name: round(value, 3) for name, value in row.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", default=["qsm", "qsm, official"])
-    parser.add_argument("--widths", type=int, nargs="+", default=[256, 512])
-    parser.add_argument("--rounds", type=int, default=7)
-    one = sorted(os.sched_getaffinity(0))[:1]
-    parser.add_argument("--cores", type=int, nargs="+", default=one)
-    args = parser.parse_args()
-    os.sched_setaffinity(0, args.cores)  # before JAX counts them
-
-    results: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {len(args.cores)} of {os.cpu_count()} cores"
-    }
-    for name in args.only:
-        _, algorithm, fields = CONTESTANTS[name]
-        for width in args.widths:
-            row = measure(algorithm, fields, width, args.rounds)
-            results[f"{name}, {width}"] = row
-            print(name, width, row, flush=True)
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    report(__doc__, ["qsm", "qsm, official"], 7, measure)

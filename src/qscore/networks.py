@@ -42,9 +42,10 @@ def _mish_jvp(primals, tangents):
     (x,), (dx,) = primals, tangents
     # from exp(-x), not exp(x): a term shared with the value would be written out and read again,
     # where this way the value and the slope are one fused loop each
-    f = jnp.exp(-jnp.maximum(x, -20.0))
+    bounded = jnp.maximum(x, -20.0)  # the slope there is -4e-8; f * f * f must not overflow
+    f = jnp.exp(-bounded)
     inverse = 1.0 / (1.0 + 2.0 * f * (1.0 + f))
-    slope = (1.0 + 2.0 * f) * inverse + x * (4.0 * f * f * (1.0 + f)) * inverse * inverse
+    slope = (1.0 + 2.0 * f) * inverse + bounded * (4.0 * f * f * (1.0 + f)) * inverse * inverse
     return mish(x), slope * dx
 
 

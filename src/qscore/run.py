@@ -183,7 +183,10 @@ def _absolute(dataset: str | os.PathLike) -> str:
 def _load_data(
     settings: Settings, algorithm: Algorithm, environment: Environment
 ) -> Dataset | None:
-    """The data set of a run. Opens the environment once: what is wrong with either is said here."""
+    """The data set of a run. Opens the environment once: what is wrong with either is said here,
+
+    and that the replay buffers do not fit.
+    """
     task = as_usage_error(environment.open)
     try:
         data = None if settings.dataset is None else datasets.load(settings.dataset, task)
