@@ -46,7 +46,8 @@ def compiled_chunk(algorithm: Algorithm, spec: Spec, capacity: int, rows: int) -
     program = jax.jit(with_fast_products(chunk) if on_cpu else chunk, donate_argnums=0)
     lowered = program.lower(runner, block, integer, integer, jr.key(0))
     # XLA uses half of a 512-bit register unless told otherwise: 4 to 6% of an update's time
-    return lowered.compile(compiler_options={"xla_cpu_prefer_vector_width": 512} if on_cpu else {})
+    options: dict[str, str | bool] = {"xla_cpu_prefer_vector_width": "512"} if on_cpu else {}
+    return lowered.compile(compiler_options=options)
 
 
 class Policy:
