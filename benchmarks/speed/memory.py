@@ -3,7 +3,7 @@
     python benchmarks/speed/memory.py --out benchmarks/results/memory.json
 
 Trains QSM on Pendulum-v1 for `--steps` environment steps with its defaults, in a process of its
-own, and samples that process's resident memory every few seconds (Linux only). The figure is the
+own, and samples that process's resident memory every few seconds. The figure is the
 most memory after the first tenth of the run as a multiple of the most in it: 1 is no growth. It
 includes the moments in which a checkpoint is written.
 """
@@ -17,13 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-
-def resident_mb(process: int) -> float:
-    """MiB of a process's memory that are in RAM."""
-    for line in Path(f"/proc/{process}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return float(line.split()[1]) / 1024.0
-    raise SystemExit(f"error: process {process} says nothing of its memory")
+import psutil
 
 
 def steps_done(run: Path) -> int:
@@ -53,11 +47,12 @@ def main() -> None:
         while process.poll() is None:
             time.sleep(args.every)
             try:
-                used, done = resident_mb(process.pid), steps_done(run)
-            except (FileNotFoundError, ProcessLookupError, SystemExit):
-                continue  # it has just ended
+                used = psutil.Process(process.pid).memory_info().rss / 2**20
+            except psutil.NoSuchProcess:
+                break  # it has just ended
+            done = steps_done(run)
             samples[done] = max(used, samples.get(done, 0.0))
-    if process.returncode:
+    if process.wait():
         raise SystemExit(process.returncode)
 
     tenth = args.steps // 10
