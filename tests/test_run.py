@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import gymnasium as gym
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -132,6 +133,26 @@ def test_run_folder_holds_what_the_contract_says(tmp_path):
     assert summary["final_returns"] == [float(np.mean(last[seed][300])) for seed in (3, 4)]
     assert summary["ci95"][0] <= summary["iqm"] <= summary["ci95"][1]
     assert summary["env_steps_per_second"] > 0 and summary["updates_per_second"] > 0
+
+
+def test_nothing_is_compiled_once_a_run_is_under_way(tmp_path, monkeypatch, caplog):
+    """A program for each length of the replay would be kept: memory would grow without end."""
+    under_way = []  # per checkpoint: how many programs had been compiled
+    save = checkpoint.save
+
+    def counting(*args, **kwargs):
+        under_way.append(sum("XLA compilation" in record.message for record in caplog.records))
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save", counting)
+    jax.config.update("jax_log_compiles", True)
+    try:
+        small_run(tmp_path / "run", steps=500)
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    start, first, *later = under_way
+    assert start > 0  # they are counted
+    assert later == [first] * 4
 
 
 def test_a_seed_is_the_same_alone_and_in_company(tmp_path):

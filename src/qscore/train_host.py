@@ -533,12 +533,16 @@ class Session:
             "largest_reward": self.largest_reward,
             "collector": collected,
         }
-        size, recorded = int(self.runner.replay.size), self.recorded
+        # what was recorded stays in its file
+        held = slice(self.recorded, int(self.runner.replay.size))
         arrays = {
             "agent": self.runner.agent,
             "updates": self.runner.updates,
-            # what was recorded stays in its file
-            "replay": jax.tree.map(lambda leaf: leaf[recorded:size], self.runner.replay.data),
+            # cut by NumPy: JAX would compile a program for every length, and keep it. A copy, since
+            # the next chunk overwrites the buffer
+            "replay": jax.tree.map(
+                lambda leaf: np.asarray(leaf)[held].copy(), self.runner.replay.data
+            ),
             "added": self.runner.replay.added,
             "collector": collector,
         }
