@@ -34,8 +34,8 @@ def record(
         stream.seek(0)
         held = json.loads(stream.read() or "null") or about | {"variants": {}}
         for key, value in about.items():
-            if held[key] != value and key != "machine":
-                _refuse(f"{file} holds {key} {held[key]!r}, not {value!r}; name another file")
+            if held.get(key) != value and key != "machine":
+                _refuse(f"{file} holds {key} {held.get(key)!r}, not {value!r}; name another file")
         for name, runs in variants.items():
             held["variants"].setdefault(name, {}).update(runs)
         stream.truncate(0)

@@ -4,10 +4,10 @@
         --out benchmarks/results/offline-halfcheetah.json
 
 Each variant and seed is `--steps` gradient steps on the data set, then and at every `--eval-every`
-steps 10 episodes without exploration. "cloning" is Diffusion-QL's actor without its value term;
-"gaussian cloning" is TD3's actor at a weight of 1000 on the recorded action. The behaviour's own
-returns are those of the data set's episodes. Curves go into the JSON file as soon as they are known
-and runs in it are not repeated. `--table` prints what the file holds, with interquartile
+steps `--episodes` episodes without exploration. "cloning" is Diffusion-QL's actor without its value
+term; "gaussian cloning" is TD3's actor at a weight of 1000 on the recorded action. The behaviour's
+own returns are those of the data set's episodes. Curves go into the JSON file as soon as they are
+known and runs in it are not repeated. `--table` prints what the file holds, with interquartile
 means over seeds and their 95% bootstrap intervals. `--cost` trains nothing: it counts what an
 update costs in floating-point operations, from the traced programs.
 
@@ -45,7 +45,13 @@ VARIANTS: dict[str, Any] = {
 
 
 def measure(
-    algorithm: Any, environment: str, data: datasets.Dataset, steps: int, seed: int, every: int
+    algorithm: Any,
+    environment: str,
+    data: datasets.Dataset,
+    steps: int,
+    seed: int,
+    every: int,
+    episodes: int,
 ) -> dict[str, float]:
     """Mean evaluation return by gradient step of one training run."""
     session = Session(
@@ -53,7 +59,7 @@ def measure(
         Host(environment),
         seed,
         steps=steps,
-        eval_episodes=10,
+        eval_episodes=episodes,
         data=data.rows,
         offline_steps=steps,
     )
@@ -97,6 +103,7 @@ def main() -> None:
     parser.add_argument("dataset", type=Path, nargs="?")
     parser.add_argument("--steps", type=int, default=50_000)
     parser.add_argument("--eval-every", type=int, default=10_000)
+    parser.add_argument("--episodes", type=int, default=10, help="per evaluation")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--out", type=Path)
@@ -128,6 +135,7 @@ def main() -> None:
             "mean_return": round(float(np.mean(data.returns)), 1),
         },
         "steps": args.steps,
+        "episodes": args.episodes,
         "machine": f"{platform.machine()}, one core per run",
     }
     results = record(args.out, about, {})
@@ -135,7 +143,7 @@ def main() -> None:
         for name in args.only:
             if str(seed) in results["variants"].get(name, {}):
                 continue
-            request = (args.environment, data, args.steps, seed, args.eval_every)
+            request = (args.environment, data, args.steps, seed, args.eval_every, args.episodes)
             curve = measure(VARIANTS[name], *request)
             results = record(args.out, about, {name: {str(seed): curve}})
             print(f"{name}, seed {seed}: {curve}", flush=True)

@@ -51,6 +51,7 @@ BAD = {
     "train qsm Pendulum-v1 --steps -5": "`steps` must lie in [1, inf), got -5",
     "train qsm Pendulum-v1 --steps 0": "`steps` must lie in [1, inf), got 0",
     "train qsm Pendulum-v1 --steps ten": "invalid literal for int",
+    "train qsm Pendulum-v1 --precision f16": "Expected one of ('f32', 'bf16')",
     "train qsm Pendulum-v1 --stepz 10": "Unrecognized options: --stepz, 10",
     "train qsm Pendulum-v1 --algorithm.discount 1.2": "`discount` must lie in [0, 1), got 1.2",
     "train qsm Pendulum-v1 --algorithm.schedule sine": "Expected one of ('vp', 'cosine', 'linear')",

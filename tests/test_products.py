@@ -7,31 +7,39 @@ import numpy as np
 import pytest
 from helpers import assert_close
 
-from qscore import QSM, SAC, TD3, DiffusionQL, replay
+from qscore import CQSM, QSM, SAC, TD3, DiffusionQL, replay
 from qscore.bench import matmul_flops
-from qscore.products import with_fast_products
+from qscore.products import times, with_products
 from qscore.types import Spec
 
 SPEC = Spec(obs_size=5, action_size=2, dt=0.05)
 
 
-def summed_over_rows(function, *args):
-    """Shapes of the left sides of the products A' B in a traced program and its inner ones."""
+def dots(function, *args):
+    """The matrix products of a traced program and its inner ones."""
     found = []
 
     def visit(jaxpr):
         for equation in jaxpr.eqns:
             if equation.primitive.name == "dot_general":
-                (contracting, _), (batch, _) = equation.params["dimension_numbers"]
-                left = equation.invars[0].aval.shape
-                if len(left) == len(batch) + 2 and contracting[0] == len(left) - 2:
-                    found.append(left)
+                found.append(equation)
             for value in jax.tree.leaves(equation.params, is_leaf=lambda v: hasattr(v, "jaxpr")):
                 inner = getattr(value, "jaxpr", value)
                 if hasattr(inner, "eqns"):
                     visit(inner)
 
     visit(jax.make_jaxpr(function)(*args).jaxpr)
+    return found
+
+
+def summed_over_rows(function, *args):
+    """Shapes of the left sides of the products A' B in a traced program and its inner ones."""
+    found = []
+    for equation in dots(function, *args):
+        (contracting, _), (batch, _) = equation.params["dimension_numbers"]
+        left = equation.invars[0].aval.shape
+        if len(left) == len(batch) + 2 and contracting[0] == len(left) - 2:
+            found.append(left)
     return found
 
 
@@ -56,7 +64,7 @@ def test_what_a_program_computes_is_unchanged(sign):
     keys = jr.split(jr.key(0), 3)
     weights = jr.normal(keys[0], (6, 6)), jr.normal(keys[1], (2, 6, 3))
     rows = jr.normal(keys[2], (40, 6)).at[0, 0].set(sign)
-    fast = with_fast_products(products)
+    fast = with_products(products)
     assert summed_over_rows(products, weights, rows)
     assert not summed_over_rows(fast, weights, rows)
     assert matmul_flops(fast, weights, rows) == matmul_flops(products, weights, rows)
@@ -67,16 +75,71 @@ def test_what_a_program_computes_is_unchanged(sign):
         assert_close(actual, known)
 
 
-@pytest.mark.parametrize("algorithm", [QSM(), SAC(), TD3(), DiffusionQL()], ids=lambda a: type(a))
-def test_updates_have_no_slow_product_left(algorithm):
+def traced_update(algorithm):
+    """An algorithm's update and the shapes of its arguments."""
     state = jax.eval_shape(lambda: algorithm.init(SPEC, key=jr.key(0)))
     batch = jax.eval_shape(lambda: replay.empty_rows(SPEC, 32))
 
     def update(state, batch, key):
         return algorithm.update(state, batch, key=key)
 
-    before = summed_over_rows(update, state, batch, jr.key(0))
-    after = summed_over_rows(with_fast_products(update), state, batch, jr.key(0))
+    return update, state, batch, jr.key(0)
+
+
+@pytest.mark.parametrize("algorithm", [QSM(), SAC(), TD3(), DiffusionQL()], ids=lambda a: type(a))
+def test_updates_have_no_slow_product_left(algorithm):
+    update, *args = traced_update(algorithm)
+    before = summed_over_rows(update, *args)
+    after = summed_over_rows(with_products(update), *args)
     assert len(before) > 5
     # gradients of the critics' last layers are products with a vector
     assert all(left[-1] == 1 for left in after)
+
+
+def halves(function, *args):
+    """Of a program's products, those whose two sides are bfloat16, and the others."""
+    found = dots(with_products(function, "bf16"), *args)
+    types = [[str(side.aval.dtype) for side in (*dot.invars, *dot.outvars)] for dot in found]
+    rounded = [dot for dot, each in zip(found, types, strict=True) if "bfloat16" in each]
+    assert all(each[:2] == ["bfloat16"] * 2 for each in types if "bfloat16" in each)
+    assert all(each[2] == "float32" for each in types)  # sums are not rounded
+    return rounded, [dot for dot in found if dot not in rounded]
+
+
+@pytest.mark.parametrize(
+    "algorithm", [QSM(), SAC(), TD3(), DiffusionQL(), CQSM()], ids=lambda a: type(a)
+)
+def test_in_bf16_every_product_of_a_layer_is_rounded(algorithm):
+    update, *args = traced_update(algorithm)
+    rounded, others = halves(update, *args)
+    assert len(rounded) > 10
+    sizes = [side.aval.shape for dot in others for side in dot.invars]
+    assert all(256 not in shape for shape in sizes)  # the layers' width
+
+
+def test_in_bf16_least_squares_are_not_rounded():
+    update, *args = traced_update(CQSM(preset="linear_quadratic"))
+    rounded, others = halves(update, *args)
+    assert not rounded and others
+
+
+def test_bf16_rounds_both_sides_and_sums_in_float32():
+    """Value and gradients of sum(x W * c), against products of rounded numbers in float64."""
+    keys = jr.split(jr.key(0), 3)
+    x, w, c = jr.normal(keys[0], (300, 7)), jr.normal(keys[1], (7, 5)), jr.normal(keys[2], (300, 5))
+
+    def both(x, w, c):
+        y, back = jax.vjp(times, x, w)
+        return y, *back(c)
+
+    def rounded(array):
+        return np.asarray(array.astype(jnp.bfloat16), np.float64)
+
+    known = rounded(x) @ rounded(w), rounded(c) @ rounded(w).T, rounded(x).T @ rounded(c)
+    exact = jax.jit(with_products(both))(x, w, c)
+    for half, full, expected in zip(
+        jax.jit(with_products(both, "bf16"))(x, w, c), exact, known, strict=True
+    ):
+        assert half.dtype == jnp.float32
+        assert_close(half, expected)
+        assert 1e-4 < np.max(np.abs(half - full)) / np.max(np.abs(full)) < 1e-1

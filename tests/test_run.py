@@ -263,6 +263,27 @@ def test_a_finished_run_can_be_extended(tmp_path):
         qs.resume(shorter, steps=100)
 
 
+def test_a_run_in_bf16_keeps_float32_parameters_and_resumes_bit_for_bit(tmp_path):
+    small_run(tmp_path / "whole", steps=200, precision="bf16")
+    shorter = small_run(tmp_path / "parts", steps=100, precision="bf16").folder
+    qs.resume(shorter, steps=200, progress=False)
+    assert_same_run(tmp_path / "whole", shorter)
+    assert json.loads((shorter / "config.json").read_text())["settings"]["precision"] == "bf16"
+
+    exact = small_run(tmp_path / "exact", steps=200).folder
+    same_types = same = 0
+    with (
+        np.load(shorter / "checkpoints" / "200" / "seed-0.npz") as half,
+        np.load(exact / "checkpoints" / "200" / "seed-0.npz") as full,
+    ):
+        names = [name for name in full if name.startswith("['agent']")]
+        for name in names:
+            same_types += half[name].dtype == full[name].dtype
+            same += np.array_equal(half[name], full[name])
+    assert same_types == len(names) > 20
+    assert same < len(names) / 2  # it was not ignored
+
+
 def test_the_step_of_an_interrupt_can_become_the_end(tmp_path, monkeypatch):
     interrupt_at(150, monkeypatch)
     with pytest.raises(qs.Interrupted):

@@ -19,6 +19,7 @@ from qscore import replay, train_host
 from qscore.algorithms import ALGORITHMS
 from qscore.environments import environment_class
 from qscore.errors import UsageError
+from qscore.products import Precision
 from qscore.train_host import Session
 
 WARMUP = 500
@@ -36,7 +37,15 @@ class Subject:
     flops: int
     """Floating-point operations in the matrix products of one update."""
 
-    def __init__(self, algorithm_name: str, environment_name: str, *, steps: int, **fields: Any):
+    def __init__(
+        self,
+        algorithm_name: str,
+        environment_name: str,
+        *,
+        steps: int,
+        precision: Precision = "f32",
+        **fields: Any,
+    ):
         algorithm = ALGORITHMS[algorithm_name](warmup_steps=WARMUP, **fields)
         try:
             environment = environment_class(environment_name)(id=environment_name)
@@ -50,10 +59,12 @@ class Subject:
         self._policy = train_host.exploration_policy(algorithm, spec, 1)
         size = train_host.chunk_steps(environment)
         self._until = WARMUP + size + steps
-        train_host.compiled_chunk(algorithm, spec, self._until, size)
+        train_host.compiled_chunk(algorithm, spec, self._until, size, precision)
         self.compile_seconds = time.perf_counter() - start
 
-        self._session = Session(algorithm, environment, 0, steps=self._until, eval_episodes=1)
+        self._session = Session(
+            algorithm, environment, 0, steps=self._until, eval_episodes=1, precision=precision
+        )
         while self._session.env_steps < WARMUP + size:
             self._session.advance(self._until)
         self._obs = np.asarray(self._session.runner.replay.data.obs[:1])
@@ -95,10 +106,12 @@ class Subject:
         self._session.close()
 
 
-def measure(algorithm_name: str, environment_name: str) -> dict[str, Any]:
+def measure(
+    algorithm_name: str, environment_name: str, precision: Precision = "f32"
+) -> dict[str, Any]:
     """One row of `qscore bench --json`. Raises `UsageError` for an environment that cannot be."""
     size = train_host.CHUNK
-    subject = Subject(algorithm_name, environment_name, steps=REPEATS * size)
+    subject = Subject(algorithm_name, environment_name, steps=REPEATS * size, precision=precision)
     loop = _median_seconds(subject.loop, size)
     acting = _median_seconds(subject.act, 100)
     updating = _median_seconds(subject.update, size)

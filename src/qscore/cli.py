@@ -26,6 +26,7 @@ from qscore.environments.host import known_ids
 from qscore.errors import Interrupted, RunStopped, TrainingDiverged, UsageError
 from qscore.folder import Run, Settings
 from qscore.plots import plot_returns, read_evals
+from qscore.products import Precision
 
 T = TypeVar("T")
 
@@ -108,6 +109,8 @@ class Bench:
     """Algorithms; none is all of them."""
     environment: str = "HalfCheetah-v5"
     """Where the whole loop is measured."""
+    precision: Precision = "f32"
+    """Of the networks' matrix products, as for `qscore train`."""
     json: bool = False
     """Print one JSON value on stdout."""
 
@@ -400,7 +403,10 @@ def _bench(asked: Bench) -> None:
     for name in asked.algorithm:
         if name not in ALGORITHMS:
             raise UsageError(unknown("algorithm", name, list(ALGORITHMS)))
-    rows = [bench.measure(name, asked.environment) for name in asked.algorithm or tuple(ALGORITHMS)]
+    rows = [
+        bench.measure(name, asked.environment, asked.precision)
+        for name in asked.algorithm or tuple(ALGORITHMS)
+    ]
     print(json.dumps(rows) if asked.json else bench.table(rows))
 
 

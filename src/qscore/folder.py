@@ -18,6 +18,7 @@ from qscore.algorithms.base import Algorithm
 from qscore.config import Range, validate
 from qscore.environments import Environment, environment_class
 from qscore.errors import UsageError
+from qscore.products import Precision
 
 T = TypeVar("T")
 
@@ -48,6 +49,9 @@ class Settings:
     environments the chunk that they are trained in."""
     keep_checkpoints: Annotated[int, Range(1)] = 2
     """Newest checkpoints to keep, in [1, inf); they include the replay buffer."""
+    precision: Precision = "f32"
+    """Of the numbers that the networks' matrix products multiply in an update: float32, or both
+    sides rounded to bfloat16, gradients too. Parameters, sums, losses and acting are float32."""
 
     def __post_init__(self):
         validate(self)

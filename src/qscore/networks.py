@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
+from qscore.products import times
 from qscore.types import Key
 
 Activation = Callable[[Array], Array]
@@ -60,7 +61,7 @@ class Linear(eqx.Module):
         self.bias = jnp.zeros(out_size)
 
     def __call__(self, x: Float[Array, " in"]) -> Float[Array, " out"]:
-        return x @ self.weight + self.bias
+        return times(x, self.weight) + self.bias
 
 
 class MLP(eqx.Module):
@@ -226,7 +227,7 @@ class ScoreNetwork(eqx.Module):
     def encode_obs(self, obs: Float[Array, " obs"]) -> Float[Array, " hidden"]:
         """The observation's share of the first layer, before the activation."""
         start = self.action_size
-        return obs @ self.mlp.layers[0].weight[start : start + self.obs_size]
+        return times(obs, self.mlp.layers[0].weight[start : start + self.obs_size])
 
     def encode_levels(self, levels: int) -> Float[Array, "{levels} hidden"]:
         """The share of each of the levels 0 ... levels-1, bias included."""
@@ -234,13 +235,14 @@ class ScoreNetwork(eqx.Module):
             jnp.arange(levels, dtype=jnp.float32)
         )
         first = self.mlp.layers[0]
-        return embeddings @ first.weight[self.action_size + self.obs_size :] + first.bias[None]
+        weight = first.weight[self.action_size + self.obs_size :]
+        return times(embeddings, weight) + first.bias[None]
 
     def __call__(
         self, action: Float[Array, " act"], code: Float[Array, " hidden"]
     ) -> Float[Array, " act"]:
         first, *middle, last = self.mlp.layers
-        x = self.mlp.activation(action @ first.weight[: self.action_size] + code)
+        x = self.mlp.activation(times(action, first.weight[: self.action_size]) + code)
         for layer in middle:
             x = self.mlp.activation(layer(x))
         return last(x)

@@ -1,77 +1,110 @@
 """How the matrix products of a program are computed: one place for every algorithm.
 
-`with_fast_products` takes a function of arrays and returns one that computes the same: it is
-traced, and in the traced program every product is replaced, those of gradients among them. Networks
-and losses need not know.
+`with_products` takes a function of arrays and returns one that computes the same, up to rounding:
+it is traced, and in the traced program every product is replaced, those of gradients among them.
+Losses need not know, and networks only say which products are theirs, by `times`.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun
 from jax.extend.core.primitives import dot_general_p
+from jaxtyping import Array, Float
 
 from qscore.types import AnyArray
 
+Precision = Literal["f32", "bf16"]
+"""Of the numbers that are multiplied; they are always summed in float32."""
 
-def with_fast_products(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of arrays, with each product A' B taken of an A' that is made beforehand.
+LAYER = jax.lax.Precision.DEFAULT
 
-    Weights' gradients are such products: A holds a layer's inputs, B what is propagated back, a row
-    each per example. Of XLA's two libraries of products on CPUs the faster one takes none whose
-    left side is summed over its rows. The results are the same but for rounding.
+
+def times(x: Float[AnyArray, "*rows in"], weight: Float[AnyArray, "in out"]) -> Array:
+    """x W of a network's layer: the products that may be rounded, and so may their gradients'.
+
+    They are told by a precision that is named, though it is the usual one: JAX hands it on to the
+    products of derivatives.
     """
+    return jnp.matmul(x, weight, precision=LAYER)
+
+
+def with_products(function: Callable[..., Any], precision: Precision = "f32") -> Callable[..., Any]:
+    """`function` of arrays, with its matrix products taken at `precision`.
+
+    With `bf16` both sides of a network's products, of gradients too, are rounded to bfloat16 (8
+    significant bits) before they are multiplied. Sums are float32. Other products are as they were:
+    of least squares, or of a noise's covariance.
+
+    On CPUs each product A' B is taken of an A' that is made beforehand. Weights' gradients are such
+    products: A holds a layer's inputs, B what is propagated back, a row each per example. Of XLA's
+    two libraries of products the faster one takes none whose left side is summed over its rows.
+    """
+    if precision == "f32" and jax.default_backend() != "cpu":
+        return function
+    product = functools.partial(_product, precision=precision)
 
     def replaced(*args: Any) -> Any:
         program, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-        outputs = jaxpr_as_fun(_replaced(program))(*jax.tree.leaves(args))
+        outputs = jaxpr_as_fun(_replaced(program, product))(*jax.tree.leaves(args))
         return jax.tree.unflatten(jax.tree.structure(shape), outputs)
 
     return replaced
 
 
-def _product(left: AnyArray, right: AnyArray, *, dimension_numbers: Any, **params: Any) -> AnyArray:
-    """`lax.dot_general`; where it is A' B, as (B' A)' with a B' made beforehand.
+def _product(left: AnyArray, right: AnyArray, *, equation: JaxprEqn, precision: str) -> AnyArray:
+    """What stands for an equation `lax.dot_general`.
 
-    JAX asks for a weight's gradient as the propagated rows times the layer's inputs, and takes the
-    transpose of it: this way both transposes of the result cancel.
+    On CPUs A' B becomes (B' A)' with a B' made beforehand: JAX asks for a weight's gradient as the
+    propagated rows times the layer's inputs, and takes the transpose of it; this way both
+    transposes of the result cancel.
     """
-    (contracting, right_contracting), (batch, right_batch) = dimension_numbers
+    params = equation.params
+    (contracting, right_contracting), (batch, right_batch) = params["dimension_numbers"]
     lead = len(batch)
+    if precision == "bf16" and params["precision"] == (LAYER, LAYER):
+        left, right = left.astype(jnp.bfloat16), right.astype(jnp.bfloat16)
+        params = params | {"preferred_element_type": equation.outvars[0].aval.dtype}
     if not (
-        left.ndim == right.ndim == lead + 2
+        jax.default_backend() == "cpu"
+        and left.ndim == right.ndim == lead + 2
+        and left.shape[-1] > 1  # a vector is no product of matrices
         and tuple(batch) == tuple(right_batch) == tuple(range(lead))
         and tuple(contracting) == tuple(right_contracting) == (lead,)
-        and left.shape[-1] > 1  # a vector is no product of matrices
     ):
-        return dot_general_p.bind(left, right, dimension_numbers=dimension_numbers, **params)
+        return dot_general_p.bind(left, right, **params)
+    turned = jnp.swapaxes(right, -1, -2)
     # behind a barrier, or XLA would make one operation of the transpose and the product again
-    right = jax.lax.optimization_barrier(jnp.swapaxes(right, -1, -2))
-    numbers = (((lead + 1,), (lead,)), (batch, batch))
-    product = dot_general_p.bind(right, left, dimension_numbers=numbers, **params)
-    return jnp.swapaxes(product, -1, -2)
+    if right.dtype == jnp.bfloat16:
+        # flat: XLA stores a transpose by columns, and multiplies bfloat16 only if stored by rows
+        right = jax.lax.optimization_barrier(turned.ravel()).reshape(turned.shape)
+    else:
+        right = jax.lax.optimization_barrier(turned)
+    params = params | {"dimension_numbers": (((lead + 1,), (lead,)), (batch, batch))}
+    return jnp.swapaxes(dot_general_p.bind(right, left, **params), -1, -2)
 
 
-def _replaced(value: Any) -> Any:
+def _replaced(value: Any, product: Callable[..., Any]) -> Any:
     """A program, or any other parameter of an operation, with the products in it replaced."""
     if isinstance(value, ClosedJaxpr):
-        return value.replace(jaxpr=_replaced(value.jaxpr))
+        return value.replace(jaxpr=_replaced(value.jaxpr, product))
     if isinstance(value, Jaxpr):
-        return value.replace(eqns=[new for old in value.eqns for new in _replacement(old)])
+        return value.replace(eqns=[new for old in value.eqns for new in _replacement(old, product)])
     if type(value) is tuple:  # the branches of a condition
-        return tuple(_replaced(item) for item in value)
+        return tuple(_replaced(item, product) for item in value)
     return value
 
 
-def _replacement(equation: JaxprEqn) -> list[JaxprEqn]:
+def _replacement(equation: JaxprEqn, product: Callable[..., Any]) -> list[JaxprEqn]:
     """The equations that stand for one equation of a program."""
     if equation.primitive is not dot_general_p:
-        params = {name: _replaced(value) for name, value in equation.params.items()}
+        params = {name: _replaced(value, product) for name, value in equation.params.items()}
         return [equation.replace(params=params)]
     sides = [atom.aval for atom in equation.invars]
-    body = jax.make_jaxpr(lambda *sides: _product(*sides, **equation.params))(*sides).jaxpr
+    body = jax.make_jaxpr(lambda *sides: product(*sides, equation=equation))(*sides).jaxpr
     ends = zip([*body.invars, *body.outvars], [*equation.invars, *equation.outvars], strict=True)
     place = {id(inner): outer for inner, outer in ends}
     return [

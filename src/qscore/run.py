@@ -38,6 +38,7 @@ from qscore.folder import (
 )
 from qscore.log import ProgressBar, RunLog
 from qscore.plots import plot_comparisons, plot_returns, read_evals
+from qscore.products import Precision
 from qscore.statistics import summarize
 from qscore.train_host import Diverged, Session, chunk_steps, inadmissible, replay_rows
 from qscore.types import Spec
@@ -66,6 +67,7 @@ def train(
     keep_checkpoints: int = Settings.keep_checkpoints,
     dataset: str | os.PathLike | None = Settings.dataset,
     online_steps: int = Settings.online_steps,
+    precision: Precision = Settings.precision,
     progress: bool = True,
 ) -> Run:
     """Train `seeds` independent seeds for `steps` environment steps each, into the folder `out`.
@@ -92,6 +94,7 @@ def train(
             eval_episodes=eval_episodes,
             log_every=log_every,
             keep_checkpoints=keep_checkpoints,
+            precision=precision,
         )
     )
     rows = task.num_envs
@@ -256,6 +259,7 @@ class _Loop:
                     eval_episodes=settings.eval_episodes,
                     data=None if data is None else data.rows,
                     offline_steps=settings.offline_steps,
+                    precision=settings.precision,
                 )
                 for seed in settings.seed_list
             ]

@@ -17,7 +17,7 @@ from qscore.algorithms.base import Algorithm
 from qscore.environments.base import Environment, Episodic, Step
 from qscore.environments.host import DEFAULT_LIMIT
 from qscore.environments.sde import SDEEnvironment, SDETask
-from qscore.products import with_fast_products
+from qscore.products import Precision, with_products
 from qscore.rollout import CHUNK_STEPS, DeviceCollector, evaluate_on_device
 from qscore.train import Runner, init_runner, train_chunk
 from qscore.types import Key, Spec, State, Transition
@@ -33,7 +33,9 @@ CHUNK = 50
 
 
 @lru_cache
-def compiled_chunk(algorithm: Algorithm, spec: Spec, capacity: int, rows: int) -> Any:
+def compiled_chunk(
+    algorithm: Algorithm, spec: Spec, capacity: int, rows: int, precision: Precision = "f32"
+) -> Any:
     """`train_chunk` for blocks of `rows` transitions, compiled once for all seeds."""
 
     def chunk(runner, block, count, updates, key):
@@ -43,7 +45,7 @@ def compiled_chunk(algorithm: Algorithm, spec: Spec, capacity: int, rows: int) -
     block = jax.eval_shape(lambda: replay.empty_rows(spec, rows))
     integer = jax.ShapeDtypeStruct((), jnp.int32)
     on_cpu = jax.default_backend() == "cpu"
-    program = jax.jit(with_fast_products(chunk) if on_cpu else chunk, donate_argnums=0)
+    program = jax.jit(with_products(chunk, precision), donate_argnums=0)
     lowered = program.lower(runner, block, integer, integer, jr.key(0))
     # XLA uses half of a 512-bit register unless told otherwise: 4 to 6% of an update's time
     options: dict[str, str | bool] = {"xla_cpu_prefer_vector_width": "512"} if on_cpu else {}
@@ -405,6 +407,7 @@ class Session:
         eval_episodes: int,
         data: Transition | None = None,
         offline_steps: int = 0,
+        precision: Precision = "f32",
     ):
         self.algorithm, self.seed, self.eval_episodes = algorithm, seed, eval_episodes
         self.offline_steps = offline_steps
@@ -426,7 +429,7 @@ class Session:
             algorithm, environment, steps=steps, recorded=self.recorded, offline_steps=offline_steps
         )
         self._evaluation = evaluation_policy(algorithm, self.spec)
-        self._chunk = compiled_chunk(algorithm, self.spec, self.capacity, self.chunk)
+        self._chunk = compiled_chunk(algorithm, self.spec, self.capacity, self.chunk, precision)
         self.runner = init_runner(algorithm, self.spec, self.capacity, key=init_key)
         if data is not None:
             rows = jax.tree.map(
