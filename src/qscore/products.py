@@ -66,8 +66,8 @@ def _product(left: AnyArray, right: AnyArray, *, equation: JaxprEqn, precision: 
     (contracting, right_contracting), (batch, right_batch) = params["dimension_numbers"]
     lead = len(batch)
     if precision == "bf16" and params["precision"] == (LAYER, LAYER):
+        params = params | {"preferred_element_type": left.dtype}
         left, right = left.astype(jnp.bfloat16), right.astype(jnp.bfloat16)
-        params = params | {"preferred_element_type": equation.outvars[0].aval.dtype}
     if not (
         jax.default_backend() == "cpu"
         and left.ndim == right.ndim == lead + 2
