@@ -55,11 +55,10 @@ def main() -> None:
     if process.wait():
         raise SystemExit(process.returncode)
 
-    tenth = args.steps // 10
-    most = [
-        max(used for done, used in samples.items() if i * tenth < done <= (i + 1) * tenth)
-        for i in range(10)
-    ]
+    tenths: list[list[float]] = [[] for _ in range(10)]  # the run's, by the steps already done
+    for done, used in samples.items():
+        tenths[min(10 * done // args.steps, 9)].append(used)
+    most = [max(each) for each in tenths if each]
     result = {
         "machine": platform.machine(),
         "run": f"{args.algorithm} on {args.task}, {args.steps} steps",
