@@ -3,12 +3,14 @@
     python benchmarks/speed/compare.py --out benchmarks/results/speed.json
 
 Each contestant is a process of its own (`contestant.py`), started on the same cores: this library's
-algorithms, and SAC and TD3 of SBX (Stable-Baselines3's JAX version) and of Stable-Baselines3, which
-are installed from PyPI into an environment of their own. In every round each contestant takes its
-turn at the same work while the others wait; figures are medians over rounds with their quartiles,
-and ratios are taken round by round, so that a machine that changes its pace changes no ratio.
+algorithms, SAC and TD3 of SBX (Stable-Baselines3's JAX version) and of Stable-Baselines3, which
+are installed from PyPI into an environment of their own, and Diffusion-QL in PyTorch
+(`torch_diffusion_ql.py`). In every round each contestant takes its turn at the same work while the
+others wait; figures are medians over rounds with their quartiles, and ratios are taken round by
+round, so that a machine that changes its pace changes no ratio.
 
-All have networks (256, 256), batches of 256, one update per step and their other defaults. Work:
+All have networks (256, 256) (Diffusion-QL as its authors have it: three layers), batches of 256,
+one update per step and their other defaults. Work:
 
     update   milliseconds per update, 50 in one call
     single   milliseconds per update, each in a call of its own, as SBX and SB3 train
@@ -44,6 +46,7 @@ CONTESTANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "SBX TD3": ("sbx", "td3", {}),
     "SB3 SAC": ("sb3", "sac", {}),
     "SB3 TD3": ("sb3", "td3", {}),
+    "PyTorch Diffusion-QL": ("torch", "diffusion_ql", {}),
 }
 WORK = {"update": 50, "single": 50, "act": 200, "loop": 50}
 REFERENCE = "SBX SAC"

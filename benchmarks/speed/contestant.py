@@ -63,6 +63,12 @@ class Rival:
 
 def make(library: str, algorithm: str, task: str, steps: int, fields: dict[str, Any]) -> Any:
     """The contestant: what has `update`, `act`, `loop` and `compile_seconds`."""
+    if library == "torch":
+        import torch  # pyright: ignore[reportMissingImports]
+        from torch_diffusion_ql import DiffusionQL
+
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        return DiffusionQL(task, WARMUP)
     if library != "qscore":
         return Rival(library, algorithm, task)
     from qscore.bench import Subject
@@ -74,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("library", choices=["qscore", "sbx", "sb3"])
+    parser.add_argument("library", choices=["qscore", "sbx", "sb3", "torch"])
     parser.add_argument("algorithm")
     parser.add_argument("task")
     parser.add_argument("--steps", type=int, required=True, help="that `loop` will take in all")
@@ -90,7 +96,8 @@ def main() -> None:
         print(json.dumps(values), file=answers, flush=True)
 
     subject = make(args.library, args.algorithm, args.task, args.steps, args.fields)
-    package = {"qscore": "qscore", "sbx": "sbx-rl", "sb3": "stable-baselines3"}[args.library]
+    packages = {"sbx": "sbx-rl", "sb3": "stable-baselines3"}
+    package = packages.get(args.library, args.library)
     answer(compile_seconds=subject.compile_seconds, version=version(package))
     for line in sys.stdin:
         order = json.loads(line)
