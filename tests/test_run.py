@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -252,6 +253,44 @@ def test_an_interrupt_writes_a_checkpoint_and_the_run_goes_on_from_it(tmp_path, 
     assert checkpoint.steps(tmp_path / "cut" / "checkpoints")[-1] == 150
     qs.resume(tmp_path / "cut", progress=False)
     assert_same_run(whole, tmp_path / "cut")
+
+
+def test_a_snapshot_stays_as_it_is_while_training_goes_on():
+    session = train_host.Session(
+        qs.QSM(**SMALL), qs.Host("Pendulum-v1"), 0, steps=300, eval_episodes=2
+    )
+    while session.env_steps < 150:
+        session.advance(150)
+    counters, snapshot = session.snapshot()
+    evaluated = session.evaluate(0)
+    before = json.dumps(counters), jax.tree.map(np.array, snapshot)
+    while session.env_steps < 300:
+        session.advance(300)
+    assert session.evaluate(0, snapshot) == evaluated != session.evaluate(0)
+    after = json.dumps(counters), snapshot
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, after))
+    session.close()
+
+
+def test_training_does_not_wait_for_an_evaluation(tmp_path, monkeypatch):
+    """The evaluation at 100 steps ends only once training has gone beyond them."""
+    advance, evaluate = train_host.Session.advance, train_host.Session.evaluate
+    beyond = threading.Event()
+
+    def advancing(session, until):
+        advance(session, until)
+        if session.env_steps > 100:
+            beyond.set()
+
+    def waiting(session, seed, arrays=None):
+        assert beyond.wait(timeout=60)
+        return evaluate(session, seed, arrays)
+
+    monkeypatch.setattr(train_host.Session, "advance", advancing)
+    monkeypatch.setattr(train_host.Session, "evaluate", waiting)
+    small_run(tmp_path / "run")
+    monkeypatch.undo()
+    assert_same_run(small_run(tmp_path / "usual").folder, tmp_path / "run")
 
 
 def test_a_finished_run_can_be_extended(tmp_path):

@@ -16,8 +16,8 @@ STREAMS = ("metrics", "evals")
 class RunLog:
     """Appends to `metrics.jsonl` and `evals.jsonl`, and mirrors both to TensorBoard.
 
-    `offsets` cuts the files back to the length a checkpoint recorded, so that a resumed run
-    repeats no line.
+    `offsets`, by stream, cuts the files back to the lengths a checkpoint recorded, so that a
+    resumed run repeats no line.
     """
 
     def __init__(self, folder: Path, offsets: dict[str, int] | None = None, env_steps: int = 0):
@@ -46,13 +46,16 @@ class RunLog:
         mean = sum(row["returns"]) / len(row["returns"])
         self._board.add_scalar(f"seed-{row['seed']}/eval_return", mean, row["env_steps"])
 
-    def offsets(self) -> dict[str, int]:
-        """The files' lengths in bytes, once everything is on the disk."""
-        for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
+    def offset(self, stream: str) -> int:
+        """A file's length in bytes, once everything is on the disk.
+
+        One stream may be written by one thread and another one by another.
+        """
+        file = self._files[stream]
+        file.flush()
+        os.fsync(file.fileno())
         self._board.flush()
-        return {stream: file.tell() for stream, file in self._files.items()}
+        return file.tell()
 
     def close(self) -> None:
         """Flush and close; what cannot be written any more is let go."""

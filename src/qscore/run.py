@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -240,7 +240,12 @@ def _check_multiples(settings: Settings, rows: int) -> None:
 
 
 class _Loop:
-    """The loop of one run over all its seeds, one thread each."""
+    """The loop of one run over all its seeds, one thread each.
+
+    Training waits neither for evaluations nor for the disk: a snapshot is evaluated and written in
+    the background, one at a time. What is evaluated is what the checkpoint holds, so the numbers
+    are those of a loop that does one thing after the other.
+    """
 
     def __init__(self, run: Run, data: Dataset | None, *, progress: bool):
         self.run, self.data, settings = run, data, run.settings
@@ -249,6 +254,7 @@ class _Loop:
         self.log: RunLog | None = None
         self.saturation_warned = False
         self.plotted = -math.inf
+        self.background: Future | None = None  # the evaluation and checkpoint under way
         try:
             self.sessions = [
                 Session(
@@ -303,8 +309,13 @@ class _Loop:
     def go(self) -> None:
         """From wherever the sessions are to the end."""
         try:
-            with _interruptible() as interrupted, ThreadPoolExecutor(len(self.sessions)) as pool:
-                self._loop(pool, interrupted)
+            with (
+                _interruptible() as interrupted,
+                ThreadPoolExecutor(len(self.sessions)) as training,
+                ThreadPoolExecutor(len(self.sessions)) as evaluating,
+                ThreadPoolExecutor(1) as writing,  # left last: what is under way is finished
+            ):
+                self._loop(training, evaluating, writing, interrupted)
             self._summarize()
         except Diverged as error:
             raise TrainingDiverged(f"training diverged: {error}. {self._last_good()}") from error
@@ -325,25 +336,35 @@ class _Loop:
         for session in self.sessions:
             session.close()
 
-    def _loop(self, pool: ThreadPoolExecutor, interrupted: Callable[[], bool]) -> None:
+    def _loop(
+        self,
+        training: ThreadPoolExecutor,
+        evaluating: ThreadPoolExecutor,
+        writing: ThreadPoolExecutor,
+        interrupted: Callable[[], bool],
+    ) -> None:
         settings = self.run.settings
         eval_every = settings.eval_every
         log_every = settings.log_every
         assert eval_every is not None and log_every is not None  # `train` fills them
+
+        def save(*, evaluate: bool) -> None:
+            self._wait()
+            self.background = writing.submit(self._record(evaluating if evaluate else None))
+
         if self.log is None:
             self.log = RunLog(self.run.folder)
-            self._checkpoint()
+            save(evaluate=False)
+            self._wait()
         if self.env_steps < settings.total_steps:
             (self.run.folder / "summary.json").unlink(missing_ok=True)  # of a shorter run
         elif self.env_steps not in read_evals(self.run.folder).get(self.sessions[0].seed, {}):
-            # an interrupt's checkpoint is now the end
-            self._evaluate(pool)
-            self._checkpoint()
+            save(evaluate=True)  # an interrupt's checkpoint is now the end
         clock = time.perf_counter()
         while self.env_steps < settings.total_steps:
             milestones = (log_every, eval_every)
             until = min(settings.total_steps, *((self.env_steps // n + 1) * n for n in milestones))
-            list(pool.map(lambda session: session.advance(until), self.sessions))
+            list(training.map(lambda session: session.advance(until), self.sessions))
             done = self.sessions[0].env_steps
             clock, taken = time.perf_counter(), time.perf_counter() - clock
             self.seconds += taken
@@ -354,17 +375,25 @@ class _Loop:
             landmark = done in (settings.offline_steps, settings.total_steps)
             if done % log_every == 0 or landmark:
                 self._log_metrics()
-            if done % eval_every == 0 or landmark:
-                self._evaluate(pool)
-            if done % eval_every == 0 or landmark or interrupted():
-                self._checkpoint()
+            evaluate = done % eval_every == 0 or landmark
+            stopping = interrupted()
+            if evaluate or stopping:
+                save(evaluate=evaluate)
+            if finished or stopping:
+                self._wait()
             clock, taken = time.perf_counter(), time.perf_counter() - clock
             self.seconds += taken
-            if interrupted() and not finished:
+            if stopping and not finished:
                 raise Interrupted(
                     f"interrupted at {done} of {settings.total_steps} steps, checkpoint written; "
                     f"continue with: qscore resume {self.run.folder}"
                 )
+        self._wait()
+
+    def _wait(self) -> None:
+        """For the evaluation and the checkpoint in the background; raises what they raised."""
+        if self.background is not None:
+            self.background.result()
 
     def _log_metrics(self) -> None:
         assert self.log is not None
@@ -392,15 +421,52 @@ class _Loop:
                     "bounds (`action_saturation` in the algorithm's page)."
                 )
 
-    def _evaluate(self, pool: ThreadPoolExecutor) -> None:
+    def _record(self, evaluating: ThreadPoolExecutor | None) -> Callable[[], None]:
+        """Take a snapshot now; what is returned evaluates it, if asked to, and writes it."""
+        log = self.log
+        assert log is not None
+        env_steps, seconds = self.env_steps, self.seconds
+        snapshots = [session.snapshot() for session in self.sessions]
+        metrics = log.offset("metrics")
+
+        def record() -> None:
+            if evaluating is not None:
+                self._evaluate(evaluating, env_steps, seconds, [arrays for _, arrays in snapshots])
+            seeds = self.run.settings.seed_list
+            checkpoint.save(
+                self.run.checkpoints,
+                env_steps,
+                {
+                    "seconds": seconds,
+                    "offsets": {"metrics": metrics, "evals": log.offset("evals")},
+                    "dataset": None if self.data is None else self.data.sha256,
+                    "seeds": {str(s): c for s, (c, _) in zip(seeds, snapshots, strict=True)},
+                },
+                {s: arrays for s, (_, arrays) in zip(seeds, snapshots, strict=True)},
+                keep=self.run.settings.keep_checkpoints,
+            )
+
+        return record
+
+    def _evaluate(
+        self,
+        evaluating: ThreadPoolExecutor,
+        env_steps: int,
+        seconds: float,
+        snapshots: list[dict[str, Any]],
+    ) -> None:
         assert self.log is not None
-        results = list(pool.map(lambda session: session.evaluate(0), self.sessions))
+        results = list(
+            evaluating.map(
+                lambda session, arrays: session.evaluate(0, arrays), self.sessions, snapshots
+            )
+        )
         for session, (returns, lengths) in zip(self.sessions, results, strict=True):
             self.log.evaluation(
                 {
                     "seed": session.seed,
-                    "env_steps": self.env_steps,
-                    "seconds": round(self.seconds, 3),
+                    "env_steps": env_steps,
+                    "seconds": round(seconds, 3),
                     "returns": returns,
                     "lengths": lengths,
                 }
@@ -408,27 +474,10 @@ class _Loop:
         self.bar.note("return " + " ".join(f"{np.mean(returns):.0f}" for returns, _ in results))
         if (
             time.monotonic() - self.plotted > PLOT_SECONDS
-            or self.env_steps == self.run.settings.total_steps
+            or env_steps == self.run.settings.total_steps
         ):
             plot_run(self.run)
             self.plotted = time.monotonic()
-
-    def _checkpoint(self) -> None:
-        assert self.log is not None
-        snapshots = {session.seed: session.snapshot() for session in self.sessions}
-        header = {
-            "seconds": self.seconds,
-            "offsets": self.log.offsets(),
-            "dataset": None if self.data is None else self.data.sha256,
-            "seeds": {str(seed): counters for seed, (counters, _) in snapshots.items()},
-        }
-        checkpoint.save(
-            self.run.checkpoints,
-            self.env_steps,
-            header,
-            {seed: arrays for seed, (_, arrays) in snapshots.items()},
-            keep=self.run.settings.keep_checkpoints,
-        )
 
     def _last_good(self) -> str:
         steps = checkpoint.steps(self.run.checkpoints)

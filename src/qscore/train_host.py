@@ -299,7 +299,11 @@ class HostCollector:
 
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(counters as plain JSON values, arrays): what `restore` needs to continue exactly."""
-        counters = {"episodes": self.episodes, "returns": self.returns, "finished": self.finished}
+        counters = {
+            "episodes": list(self.episodes),
+            "returns": list(self.returns),
+            "finished": list(self.finished),
+        }
         history = {
             str(row): np.asarray(actions, np.float32).reshape(-1, self.spec.action_size)
             for row, actions in enumerate(self.history)
@@ -510,9 +514,16 @@ class Session:
         said = ", ".join(f"{name} {value:.3g}" for name, value in sorted(self.latest.items()))
         return f"; in the updates before: {said}{inadmissible(self.latest)}"
 
-    def evaluate(self, seed: int) -> tuple[list[float], list[int]]:
-        """`evaluate` of the current agent, exploration off and best-of-N off."""
+    def evaluate(
+        self, seed: int, arrays: dict[str, Any] | None = None
+    ) -> tuple[list[float], list[int]]:
+        """`evaluate` of the current agent, or of the one in a snapshot's `arrays`.
+
+        Exploration and best-of-N are off. A snapshot may be evaluated while training goes on.
+        """
         agent, episodes = self.runner.agent, self.eval_episodes
+        if arrays is not None:
+            agent = jax.tree.map(jnp.asarray, arrays["agent"])
         return evaluate(self._evaluation, agent, self.eval_tasks, episodes=episodes, seed=seed)
 
     def flush(self) -> dict[str, float]:
@@ -525,13 +536,16 @@ class Session:
         return row
 
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(counters as plain JSON values, arrays): what `restore` needs to continue exactly."""
+        """(counters as plain JSON values, arrays): what `restore` needs to continue exactly.
+
+        A copy, that training leaves alone.
+        """
         collected, collector = self.collector.snapshot()
         counters = {
             "seed": self.seed,
             "env_steps": self.env_steps,
             "updates": self.updates,
-            "sums": self.sums,
+            "sums": dict(self.sums),
             "summed": self.summed,
             "largest_reward": self.largest_reward,
             "collector": collected,
@@ -539,14 +553,13 @@ class Session:
         # what was recorded stays in its file
         held = slice(self.recorded, int(self.runner.replay.size))
         arrays = {
-            "agent": self.runner.agent,
-            "updates": self.runner.updates,
-            # cut by NumPy: JAX would compile a program for every length, and keep it. A copy, since
-            # the next chunk overwrites the buffer
+            "agent": jax.tree.map(np.array, self.runner.agent),
+            "updates": np.array(self.runner.updates),
+            # cut by NumPy: JAX would compile a program for every length, and keep it
             "replay": jax.tree.map(
                 lambda leaf: np.asarray(leaf)[held].copy(), self.runner.replay.data
             ),
-            "added": self.runner.replay.added,
+            "added": np.array(self.runner.replay.added),
             "collector": collector,
         }
         return counters, arrays
