@@ -13,7 +13,7 @@ update costs in floating-point operations, from the traced programs.
 
 A medium data set is recorded from a policy at about a third of its final return:
 
-    qscore train sac HalfCheetah-v5 --steps 30000 --eval-every 10000 --out runs/medium
+    qscore train sac HalfCheetah-v5 --steps 23000 --eval-every 1000 --out runs/medium
     qscore eval runs/medium --episodes 100 --explore --record data/halfcheetah-medium.npz
 """
 
