@@ -72,6 +72,8 @@ BAD = {
     "list agents": "invalid choice 'agents'",
     "bench qsmm": "unknown algorithm 'qsmm'",
     "plot nowhere --out x.png": "nowhere is not a run folder",
+    "plot RUN RUN --out x.png": "a seed counts once: leave one of them out",
+    "report RUN --out x.pdf": "`out` must end in .html or .md, got 'x.pdf'",
 }
 
 
@@ -124,8 +126,8 @@ def test_train_resume_eval_plot_from_the_command_line(capsys, tmp_path):
     assert result["ci95"][0] <= result["iqm"] <= result["ci95"][1] and result["seed"] == 0
     assert result["mean"] == pytest.approx(sum(result["returns"]) / 3)
 
-    code, out, _ = call(capsys, "plot", folder, folder, "--out", tmp_path / "both.png")
-    assert code == 0 and (tmp_path / "both.png").stat().st_size > 0
+    code, out, _ = call(capsys, "plot", folder, "--out", tmp_path / "figure.png")
+    assert code == 0 and (tmp_path / "figure.png").stat().st_size > 0
 
 
 def test_list_names_algorithms_and_environments(capsys):

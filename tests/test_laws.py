@@ -19,7 +19,7 @@ OUTER = {
     f"qscore.{name}"
     for name in (
         *("__main__", "bench", "checkpoint", "cli", "datasets", "folder", "log", "playback"),
-        *("plots", "report", "run"),
+        *("panel", "plots", "report", "run"),
     )
 }
 """What may touch disk, clock and terminal. The rest is pure."""

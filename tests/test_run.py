@@ -20,7 +20,6 @@ import pytest
 import qscore as qs
 from qscore import checkpoint, train_host
 from qscore.folder import Run
-from qscore.plots import read_evals
 
 SMALL = {"hidden": (16, 16), "batch_size": 16, "warmup_steps": 60}
 TASKS = ["Pendulum-v1", "InvertedPendulum-v5"]
@@ -130,8 +129,10 @@ def test_run_folder_holds_what_the_contract_says(tmp_path):
     summary = run.summary
     assert summary["algorithm"] == "qsm" and summary["environment"] == "Pendulum-v1"
     assert summary["seeds"] == [3, 4] and summary["env_steps"] == 300
-    last = read_evals(folder)
-    assert summary["final_returns"] == [float(np.mean(last[seed][300])) for seed in (3, 4)]
+    last = run.rows("evals")
+    assert summary["final_returns"] == [
+        float(np.mean(last[seed][300]["returns"])) for seed in (3, 4)
+    ]
     assert summary["ci95"][0] <= summary["iqm"] <= summary["ci95"][1]
     assert summary["env_steps_per_second"] > 0 and summary["updates_per_second"] > 0
 

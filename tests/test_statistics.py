@@ -1,13 +1,8 @@
 """The interquartile mean and its interval, against values worked out by hand."""
 
-import gc
-
 import numpy as np
-import pytest
 from helpers import assert_close
-from matplotlib.figure import Figure
 
-from qscore.plots import plot_returns
 from qscore.statistics import bootstrap_interval, interquartile_mean, summarize
 
 
@@ -36,27 +31,3 @@ def test_several_seeds_are_summarized_over_seeds_and_one_over_its_episodes():
     assert several["ci95_over"] == "seeds" and several["ci95"] == [1.0, 11.0]
     one = summarize([[0.0, 2.0, 4.0, 100.0]])
     assert one["ci95_over"] == "episodes" and one["iqm"] == 3.0
-
-
-def test_a_figure_of_nothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no evaluation to plot yet"):
-        plot_returns({"empty": {}}, tmp_path / "figure.png")
-    curves = {0: {10: [1.0, 2.0], 20: [3.0, 4.0]}, 1: {10: [0.0, 1.0]}}  # seeds of unlike length
-    plot_returns({"two": curves, "one": {5: {10: [1.0]}}}, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 0
-
-
-def test_figures_do_not_pile_up(tmp_path):
-    # a figure and its canvas hold each other: only the collector of cycles frees them
-    def alive():
-        return sum(isinstance(each, Figure) for each in gc.get_objects())
-
-    gc.collect()
-    before = alive()
-    gc.disable()
-    try:
-        for _ in range(4):
-            plot_returns({"run": {0: {10: [1.0]}}}, tmp_path / "figure.png")
-        assert alive() - before <= 1
-    finally:
-        gc.enable()

@@ -25,8 +25,10 @@ from qscore.environments import ENVIRONMENTS, environment_class
 from qscore.environments.host import known_ids
 from qscore.errors import Interrupted, RunStopped, TrainingDiverged, UsageError
 from qscore.folder import Run, Settings
-from qscore.plots import plot_returns, read_evals
+from qscore.panel import read_panel
+from qscore.plots import plot_returns
 from qscore.products import Precision
+from qscore.report import report
 
 T = TypeVar("T")
 
@@ -102,6 +104,18 @@ class Plot:
 
 
 @dataclass(frozen=True)
+class Report:
+    """Compare runs on one page: which is better, by how much, how sure, and how to repeat them."""
+
+    run: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders, in any mixture of algorithms, tasks and seeds."""
+    out: Path
+    """The page to write: .html, which needs nothing else, or .md with a folder of pictures."""
+    no_films: bool = False
+    """Leave out the films of the policies, which take a while to make."""
+
+
+@dataclass(frozen=True)
 class Bench:
     """Measure updates, acting and the whole loop on the cores this process may use."""
 
@@ -123,6 +137,7 @@ USAGE = """usage: qscore COMMAND ...
   list                          the algorithms and environments
   lq solve PROBLEM.json         the closed form of a linear-quadratic problem
   plot RUN... --out FILE        learning curves of runs
+  report RUN... --out FILE      compare runs on one page: qscore report runs/* --out report.html
   bench                         speed on this machine
 
 `qscore COMMAND --help` explains every option; for train, name the algorithm and environment first.
@@ -391,11 +406,20 @@ def _read(path: Path, parse: Callable[[str], T]) -> T:
 
 
 def _plot(asked: Plot) -> None:
-    labels = {str(folder): read_evals(Run.open(folder).folder) for folder in asked.run}
+    panel = read_panel(asked.run)
+    for note in panel.notes:
+        print(f"note: {note}", file=sys.stderr)
     try:
-        plot_returns(labels, asked.out)
+        plot_returns(panel, asked.out)
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot plot to {asked.out}: {error}.") from error
+    print(asked.out)
+
+
+def _report(asked: Report) -> None:
+    panel = report(asked.run, asked.out, films=not asked.no_films)
+    for note in panel.notes:
+        print(f"note: {note}", file=sys.stderr)
     print(asked.out)
 
 
@@ -416,6 +440,7 @@ SIMPLE: dict[str, tuple[type, Callable[[Any], None]]] = {
     "list": (List, _list),
     "lq": (Lq, _lq),
     "plot": (Plot, _plot),
+    "report": (Report, _report),
     "bench": (Bench, _bench),
 }
 

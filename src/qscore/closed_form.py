@@ -15,6 +15,7 @@ of order dt would hide those of learning.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -109,24 +110,13 @@ def compare(algorithm: Any, environment: LQ, agent: State) -> Comparison:
     horizon = problem.terminal.T if problem.terminal else None
     times = [0.0] if horizon is None else [share * horizon for share in (0.0, 0.25, 0.5, 0.75)]
     z = np.random.default_rng(0).standard_normal((POINTS // len(times), n + d))
-
-    def observe(x, time):
-        clock = {"time": time, "dt": environment.dt}
-        extra = [jnp.asarray(clock[name], jnp.float32)[None] for name in environment.clock]
-        return jnp.concatenate([x, *extra])
-
-    def learned_at(x, a, time):
-        """Q, its gradient and the score, for an action in the problem's units."""
-        q_and_score = learned_by(algorithm, environment, agent, observe(x, time))
-        (value, score), gradient = jax.value_and_grad(q_and_score, has_aux=True)(a)
-        return {"q": value, "grad_a_q": gradient, "score": score}
-
+    learned_at, return_gap = _compiled(algorithm, environment)
     learned: dict[str, list] = {"q": [], "grad_a_q": [], "score": []}
     exact: dict[str, list] = {"q": [], "grad_a_q": [], "score": []}
-    at = jax.jit(jax.vmap(learned_at, (0, 0, None)))
+    x, a = z[:, :n].astype(np.float32), z[:, n:].astype(np.float32)
     for time in times:
         solution = lq.solve(problem, time)
-        values = at(z[:, :n].astype(np.float32), z[:, n:].astype(np.float32), np.float32(time))
+        values = learned_at(agent, x, a, np.float32(time))
         for name in learned:
             learned[name].append(np.asarray(values[name]))
         exact["q"].append(solution.q(z))
@@ -135,12 +125,39 @@ def compare(algorithm: Any, environment: LQ, agent: State) -> Comparison:
     return Comparison(
         {name: np.concatenate(parts) for name, parts in learned.items()},
         {name: np.concatenate(parts) for name, parts in exact.items()},
-        _return_gap(environment, lambda x, a, time: learned_at(x, a, time)["score"]),
+        return_gap(agent),
     )
 
 
-def _return_gap(environment: LQ, score: Any) -> float:
-    """(J* - J) / |J*| from the environment's starts, with a first action like its first state."""
+@lru_cache
+def _compiled(algorithm: Any, environment: LQ) -> tuple[Callable[..., Any], Callable[..., float]]:
+    """What `compare` asks of every agent, compiled once for all of them.
+
+    Q, its gradient and the score at (agent, states, actions, time), in the problem's units; and an
+    agent's gap in return.
+    """
+
+    def observe(x, time):
+        clock = {"time": time, "dt": environment.dt}
+        extra = [jnp.asarray(clock[name], jnp.float32)[None] for name in environment.clock]
+        return jnp.concatenate([x, *extra])
+
+    def learned_at(agent, x, a, time):
+        q_and_score = learned_by(algorithm, environment, agent, observe(x, time))
+        (value, score), gradient = jax.value_and_grad(q_and_score, has_aux=True)(a)
+        return {"q": value, "grad_a_q": gradient, "score": score}
+
+    def score(agent, x, a, time):
+        return learned_at(agent, x, a, time)["score"]
+
+    return jax.jit(jax.vmap(learned_at, (None, 0, 0, None))), _return_gap(environment, score)
+
+
+def _return_gap(environment: LQ, score: Callable[..., Any]) -> Callable[[State], float]:
+    """(J* - J) / |J*| of an agent, from the environment's starts, with a first action like its
+
+    first state. `score` is a function of (agent, state, action, time).
+    """
     problem = environment.solved_problem
     n, d, dt = problem.state_size, problem.action_size, environment.dt
     process, sigma = environment.process(), jnp.asarray(problem.sigma_a, jnp.float32)
@@ -153,31 +170,39 @@ def _return_gap(environment: LQ, score: Any) -> float:
         solutions = [lq.solve(problem, min(i * dt, problem.terminal.T)) for i in range(steps)]
     K = jnp.asarray(np.stack([s.K for s in solutions]), jnp.float32)
     k = jnp.asarray(np.stack([s.k for s in solutions]), jnp.float32)
+    spread = environment.spread**2 * np.eye(n + d)
+    scale = abs(solutions[0].expected_q(np.zeros(n + d), spread))
 
     def row(time):
         return jnp.minimum((time / dt + 0.5).astype(jnp.int32), len(solutions) - 1)
-
-    def drift(time, z, _):
-        return jnp.concatenate([process.drift(time, z[:n], z[n:]), score(z[:n], z[n:], time)])
 
     def diffusion(time, z, _):
         top = process.diffusion(time, z[:n], z[n:])
         noises = top.shape[1]
         return jnp.block([[top, jnp.zeros((n, d))], [jnp.zeros((d, noises)), sigma]])
 
-    def shortfall(time, z, _):
-        best = K[row(time)] @ z + k[row(time)]
-        return 0.5 * problem.score_cost * jnp.sum((score(z[:n], z[n:], time) - best) ** 2)
+    def path(agent, key):
+        def drift(time, z, _):
+            moved = process.drift(time, z[:n], z[n:])
+            return jnp.concatenate([moved, score(agent, z[:n], z[n:], time)])
 
-    joint = sde.SDE(drift, diffusion, process.noises + d)
+        def shortfall(time, z, _):
+            best = K[row(time)] @ z + k[row(time)]
+            apart = score(agent, z[:n], z[n:], time) - best
+            return 0.5 * problem.score_cost * jnp.sum(apart**2)
 
-    def path(key):
         start_key, noise_key = jr.split(key)
         start = environment.spread * jr.normal(start_key, (n + d,))
         return sde.accumulate(
-            joint, shortfall, start, dt=dt, steps=steps, key=noise_key, discount_rate=rate
+            sde.SDE(drift, diffusion, process.noises + d),
+            shortfall,
+            start,
+            dt=dt,
+            steps=steps,
+            key=noise_key,
+            discount_rate=rate,
         )
 
-    gap = float(jnp.mean(jax.jit(jax.vmap(path))(jr.split(jr.key(0), PATHS))))
-    spread = environment.spread**2 * np.eye(n + d)
-    return gap / abs(solutions[0].expected_q(np.zeros(n + d), spread))
+    keys = jr.split(jr.key(0), PATHS)
+    gap = jax.jit(lambda agent: jnp.mean(jax.vmap(lambda key: path(agent, key))(keys)))
+    return lambda agent: float(gap(agent)) / scale

@@ -7,11 +7,13 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from qscore.algorithms import ALGORITHMS, algorithm_name
 from qscore.algorithms.base import Algorithm
@@ -21,6 +23,9 @@ from qscore.errors import UsageError
 from qscore.products import Precision
 
 T = TypeVar("T")
+
+Rows = dict[int, dict[int, dict[str, Any]]]
+"""What a run has written of one kind: seed -> environment steps -> a line."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,45 @@ class Run:
             raise UsageError(f"{self.folder} has no summary.json: the run has not finished.")
         return json.loads(path.read_text())
 
+    def rows(self, stream: Literal["evals", "metrics"]) -> Rows:
+        """The lines of evals.jsonl or metrics.jsonl so far; of a line half written, nothing.
+
+        Raises `UsageError` for a line that is not what a run writes.
+        """
+        path = self.folder / f"{stream}.jsonl"
+        rows: Rows = defaultdict(dict)
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith("\n"):
+                break
+            try:
+                row = json.loads(line)
+                rows[row["seed"]][row["env_steps"]] = row
+            except (KeyError, TypeError, ValueError) as error:
+                raise UsageError(
+                    f"{path}, line {number}, is not a line of a run: "
+                    f"{type(error).__name__}: {error}."
+                ) from error
+        return dict(rows)
+
+    def command(self) -> str:
+        """The command that repeats this run, with what is not a default, and without `--out`."""
+        words = ["qscore", "train", algorithm_name(self.algorithm)]
+        words.append(environment_name(self.environment))
+        # what `qscore train` would take for this pair, were nothing else said
+        plain = Settings(steps=getattr(self.environment, "default_steps", Settings.steps))
+        for prefix, changed in (
+            ("--", differences(self.settings, plain)),
+            ("--algorithm.", non_defaults(self.algorithm)),
+            ("--environment.", non_defaults(self.environment)),
+        ):
+            for name, value in changed.items():
+                negation = "no-" if value is False else ""
+                words.append(prefix + negation + name.replace("_", "-"))
+                if not isinstance(value, bool):
+                    words.extend(map(str, value) if isinstance(value, tuple) else [str(value)])
+        return shlex.join(words)
+
     def save_config(self) -> None:
         """Write config.json."""
         name = algorithm_name(self.algorithm)
@@ -135,6 +179,30 @@ class Run:
             "versions": self.versions,
         }
         write_json(self.folder / "config.json", config)
+
+
+def differences(config: Any, other: Any) -> dict[str, Any]:
+    """The fields of `config` that `other`, of the same kind, has otherwise."""
+    return {
+        field.name: value
+        for field in dataclasses.fields(config)
+        if (value := getattr(config, field.name)) != getattr(other, field.name)
+    }
+
+
+def non_defaults(config: Any) -> dict[str, Any]:
+    """The preset of an algorithm or environment, if it has any, and what differs from it.
+
+    Fields without a default, such as an environment's name, are left out.
+    """
+    named = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name == "preset"
+        or (field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING)
+    }
+    found = differences(config, type(config)(**named))
+    return {"preset": config.preset, **found} if "preset" in named else found
 
 
 def environment_name(environment: Environment) -> str:

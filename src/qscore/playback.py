@@ -287,6 +287,17 @@ class Camera(Observer):
         self.frames.append(task.render())
 
 
+def film(run: Run, path: Path, *, seed: int) -> None:
+    """Film the first evaluation episode of a trained seed at the newest intact checkpoint.
+
+    `path` ends in .mp4 or .gif. Raises `UsageError` where there is no checkpoint or no picture.
+    """
+    task = as_usage_error(run.environment.open)
+    task.close()
+    agents = _load_agents(run, task.spec, [seed])
+    _film(run, evaluation_policy(run.algorithm, task.spec), agents[seed], 0, path)
+
+
 def _film(run: Run, policy: Policy, agent: Any, seed: int, path: Path) -> None:
     """One evaluation episode as an mp4 or gif, at the environment's own speed."""
     task = as_usage_error(lambda: run.environment.open(render=True))

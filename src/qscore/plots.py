@@ -1,70 +1,143 @@
 """Figures of finished or running runs, drawn without a screen."""
 
 import gc
-import json
-from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from qscore.closed_form import Comparison
-from qscore.statistics import bootstrap_interval, interquartile_mean
+from qscore.panel import Method, Panel, Task
 
 SHOWN = 1000
 """Points per seed in a scatter plot."""
 
-Curves = dict[int, dict[int, list[float]]]
-"""Episode returns by environment steps, by seed."""
+SHOWN_ROWS = 200
+"""Points per seed, at most twice that, in a figure of training metrics."""
+
+COLORS = (
+    *("#3b7dd8", "#e07b1a", "#2a9d5c", "#b455c9", "#d6453d"),
+    *("#1f9fb4", "#a0782c", "#d1639b", "#6f8f1f", "#7d7f87"),
+)
+"""Of methods, told apart on white and on black, and by most who see few colours."""
+
+AXES = {"env_steps": "environment steps", "seconds": "wall clock, seconds"}
+"""What a learning curve is drawn over."""
 
 
-def read_evals(run: Path) -> Curves:
-    """The evaluations of a run folder: seed -> environment steps -> returns."""
-    curves: Curves = defaultdict(dict)
-    path = run / "evals.jsonl"
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        row = json.loads(line)
-        curves[row["seed"]][row["env_steps"]] = row["returns"]
-    return dict(curves)
+def color(panel: Panel, name: str) -> str:
+    """The colour of a method, the same in every figure of a panel."""
+    return COLORS[panel.names.index(name) % len(COLORS)]
 
 
-def plot_returns(runs: dict[str, Curves], out: Path) -> None:
-    """Every seed as a thin line, the interquartile mean over seeds as a thick one, its 95% band.
+def plot_returns(panel: Panel, out: Path) -> None:
+    """Learning curves, one axes per task, written to a file.
 
-    `runs` maps a label to a run's evaluations. Where seeds have reached different steps, the
-    thick line goes as far as all of them. Raises `ValueError` where there is nothing to draw.
+    Raises `ValueError` for a file type that Matplotlib does not write.
     """
-    if not any(runs.values()):
-        raise ValueError("no evaluation to plot yet")
-    figure = Figure(figsize=(7, 4.2), layout="constrained", dpi=150)
-    axes = figure.add_subplot()
-    for index, (label, curves) in enumerate(runs.items()):
-        color = f"C{index}"
-        means = {
-            seed: {step: float(np.mean(returns)) for step, returns in curve.items()}
-            for seed, curve in curves.items()
-        }
-        for curve in means.values():
-            axes.plot(list(curve), list(curve.values()), color=color, alpha=0.35, linewidth=0.9)
-        common = sorted(set.intersection(*(set(curve) for curve in means.values())))
-        across = [[curve[step] for curve in means.values()] for step in common]
-        middle = [interquartile_mean(values) for values in across]
-        seeds = f"{len(means)} seed{'s' if len(means) > 1 else ''}"
-        axes.plot(common, middle, color=color, linewidth=2.2, label=f"{label} ({seeds})")
-        if len(means) > 1:
-            bands = np.array([bootstrap_interval(values) for values in across])
-            axes.fill_between(
-                common, bands[:, 0], bands[:, 1], color=color, alpha=0.18, linewidth=0
-            )
-    axes.set_xlabel("environment steps")
-    axes.set_ylabel("return per episode")
-    axes.set_title(
+    rows = -(-len(panel.tasks) // 2)
+    columns = min(2, len(panel.tasks))
+    figure = Figure(figsize=(7 if columns == 1 else 10, 4.2 * rows), layout="constrained", dpi=150)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, task in zip(grid, panel.tasks, strict=False):
+        draw_returns(axes, panel, task, "env_steps")
+        axes.set_title(task.name, fontsize=10)
+        axes.legend(frameon=False)
+    for axes in grid[len(panel.tasks) :]:
+        axes.set_axis_off()
+    figure.suptitle(
         "each seed (thin), interquartile mean (thick), 95% bootstrap interval", fontsize=9
     )
+    _save(figure, out)
+
+
+def draw_returns(axes: Axes, panel: Panel, task: Task, axis: str) -> None:
+    """Every seed as a thin line, the interquartile mean over seeds as a thick one, its 95% band.
+
+    Where seeds have reached different steps, the thick line goes as far as all of them.
+    """
+    for method in task.methods:
+        shade = color(panel, method.name)
+        for seed in method.seeds.values():
+            x = [row[axis] for row in seed.evals.values()]
+            y = [seed.mean_return(step) for step in seed.evals]
+            axes.plot(x, y, color=shade, alpha=0.35, linewidth=0.9)
+        curve, count = method.curve(axis), len(method.seeds)
+        label = f"{method.name} ({count} seed{'s' if count > 1 else ''})"
+        axes.plot(curve.x, curve.middle, color=shade, linewidth=2.2, label=label)
+        axes.fill_between(curve.x, curve.low, curve.high, color=shade, alpha=0.18, linewidth=0)
+    axes.set_xlabel(AXES[axis])
+    axes.set_ylabel("return per episode")
+    _plain(axes)
+
+
+def figure_returns(panel: Panel, task: Task, axis: str) -> Figure:
+    """`draw_returns` for a page, which has a legend of its own."""
+    figure = Figure(figsize=(5.2, 3.3), layout="constrained")
+    draw_returns(figure.subplots(), panel, task, axis)
+    return figure
+
+
+def figure_intervals(
+    panel: Panel, figures: dict[str, tuple[float, tuple[float, float]]], label: str
+) -> Figure:
+    """One row per method, best first: interquartile mean and 95% interval."""
+    figure = Figure(figsize=(5.2, 0.7 + 0.34 * len(figures)), layout="constrained")
+    axes = figure.subplots()
+    for row, (name, (middle, (low, high))) in enumerate(figures.items()):
+        shade = color(panel, name)
+        axes.plot(
+            [low, high], [row, row], color=shade, linewidth=7, alpha=0.35, solid_capstyle="butt"
+        )
+        axes.plot([middle], [row], "|", color=shade, markersize=14, markeredgewidth=2.5)
+    axes.set_yticks(range(len(figures)), list(figures))
+    axes.set_ylim(len(figures) - 0.5, -0.5)
+    axes.set_xlabel(label)
+    _plain(axes, thousands=False)
+    return figure
+
+
+def figure_seed(panel: Panel, task: Task, method: Method, seed: int) -> Figure:
+    """One seed's learning curve, on the axes of all seeds of a task, the others in grey."""
+    figure = Figure(figsize=(2.4, 1.5), layout="constrained")
+    axes = figure.subplots()
+    for each in task.methods:
+        for other in each.seeds.values():
+            y = [other.mean_return(step) for step in other.evals]
+            axes.plot(list(other.evals), y, color="#888888", alpha=0.25, linewidth=0.7)
+    own = method.seeds[seed]
+    y = [own.mean_return(step) for step in own.evals]
+    axes.plot(list(own.evals), y, color=color(panel, method.name), linewidth=1.8)
+    _plain(axes)
+    axes.tick_params(labelsize=7)
+    return figure
+
+
+def figure_metric(panel: Panel, task: Task, metric: str, *, log: bool) -> Figure:
+    """A training metric over environment steps, one line per seed that has it."""
+    figure = Figure(figsize=(5.2, 2.6), layout="constrained")
+    axes = figure.subplots()
+    for method in task.methods:
+        for seed in method.seeds.values():
+            rows = [row for row in seed.metrics.values() if metric in row]
+            rows = rows[:: max(1, len(rows) // SHOWN_ROWS)]
+            x, y = [row["env_steps"] for row in rows], [row[metric] for row in rows]
+            axes.plot(x, y, color=color(panel, method.name), alpha=0.7, linewidth=1.1)
+    axes.set_xlabel(AXES["env_steps"])
+    axes.set_ylabel(metric)
+    if log:
+        axes.set_yscale("log")
+    _plain(axes)
+    return figure
+
+
+def _plain(axes: Axes, *, thousands: bool = True) -> None:
+    """Few lines; along the horizontal axis 20,000 as 20k."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    _save(figure, out)
+    if thousands:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def plot_comparisons(comparisons: dict[int, Comparison], out: Path) -> None:

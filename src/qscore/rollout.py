@@ -139,6 +139,11 @@ def collect(
 
 
 @lru_cache
+def _compiled_begin(algorithm: Algorithm, environment: SDEEnvironment) -> Any:
+    return jax.jit(lambda key: begin(algorithm, environment, key=key))
+
+
+@lru_cache
 def _compiled_collect(algorithm: Algorithm, environment: SDEEnvironment) -> Any:
     def run(agent, rows, start, steps, key):
         return collect(algorithm, environment, agent, rows, start, steps, key=key)
@@ -156,7 +161,7 @@ class DeviceCollector:
         self.environment, self.spec = environment, environment.spec
         self.chunk = CHUNK_STEPS * environment.num_envs
         begin_key, self._key = jr.split(key)
-        self.rows = jax.jit(lambda key: begin(algorithm, environment, key=key))(begin_key)
+        self.rows = _compiled_begin(algorithm, environment)(begin_key)
         self._collect = _compiled_collect(algorithm, environment)
 
     def collect(self, agent: State, env_steps: int, count: int) -> Transition:

@@ -23,7 +23,7 @@ import psutil
 from qscore import checkpoint, datasets, replay
 from qscore.algorithms import algorithm_name
 from qscore.algorithms.base import Algorithm
-from qscore.closed_form import compare
+from qscore.closed_form import Comparison, compare
 from qscore.datasets import Dataset
 from qscore.environments import LQ, Environment, EnvironmentFailure, environment_class
 from qscore.environments.sde import SDEEnvironment
@@ -37,7 +37,8 @@ from qscore.folder import (
     write_json,
 )
 from qscore.log import ProgressBar, RunLog
-from qscore.plots import plot_comparisons, plot_returns, read_evals
+from qscore.panel import arrange
+from qscore.plots import plot_comparisons, plot_returns
 from qscore.products import Precision
 from qscore.statistics import summarize
 from qscore.train_host import Diverged, Session, chunk_steps, inadmissible, replay_rows
@@ -358,7 +359,7 @@ class _Loop:
             self._wait()
         if self.env_steps < settings.total_steps:
             (self.run.folder / "summary.json").unlink(missing_ok=True)  # of a shorter run
-        elif self.env_steps not in read_evals(self.run.folder).get(self.sessions[0].seed, {}):
+        elif self.env_steps not in self.run.rows("evals").get(self.sessions[0].seed, {}):
             save(evaluate=True)  # an interrupt's checkpoint is now the end
         clock = time.perf_counter()
         while self.env_steps < settings.total_steps:
@@ -486,8 +487,8 @@ class _Loop:
         return f"The last good checkpoint is {self.run.checkpoints / str(steps[-1])}."
 
     def _summarize(self) -> None:
-        curves = read_evals(self.run.folder)
-        last = [curves[session.seed][self.env_steps] for session in self.sessions]
+        rows = self.run.rows("evals")
+        last = [rows[session.seed][self.env_steps]["returns"] for session in self.sessions]
         seeds, collected = len(self.sessions), self.env_steps - self.run.settings.offline_steps
         summary = {
             "algorithm": algorithm_name(self.run.algorithm),
@@ -514,10 +515,14 @@ class _Loop:
             }
         environment, algorithm = self.run.environment, self.run.algorithm
         if isinstance(environment, LQ) and hasattr(algorithm, "value_and_score"):
-            comparisons = {
-                session.seed: compare(algorithm, environment, session.runner.agent)
-                for session in self.sessions
-            }
+            first, *others = self.sessions
+
+            def compared(session: Session) -> Comparison:
+                return compare(algorithm, environment, session.runner.agent)
+
+            with ThreadPoolExecutor(len(self.sessions)) as pool:  # the first one compiles
+                found = [compared(first), *pool.map(compared, others)]
+            comparisons = dict(zip(summary["seeds"], found, strict=True))
             errors = [c.relative_error for c in comparisons.values()]
             summary["lq"] = {
                 "relative_error": {name: [e[name] for e in errors] for name in errors[0]},
@@ -556,5 +561,4 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 
 def plot_run(run: Run) -> None:
     """Redraw plots/returns.png."""
-    label = f"{algorithm_name(run.algorithm)}, {environment_name(run.environment)}"
-    plot_returns({label: read_evals(run.folder)}, run.folder / "plots" / "returns.png")
+    plot_returns(arrange([run]), run.folder / "plots" / "returns.png")

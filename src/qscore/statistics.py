@@ -1,9 +1,21 @@
-"""The statistics of returns: interquartile mean and its bootstrap interval."""
+"""The statistics of returns: interquartile means, intervals, and how sure a difference is.
 
-from collections.abc import Sequence
+Over several tasks they are those of rliable (Agarwal et al. 2021, arXiv:2108.13264), which comes
+with the extra `stats`.
+"""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import stats
+
+Scores = Sequence[Sequence[float]]
+"""Scores of one method: for each task, one of every seed."""
+
+RESAMPLES = 2000
+"""Of a bootstrap."""
 
 
 def interquartile_mean(values: Sequence[float]) -> float:
@@ -11,7 +23,9 @@ def interquartile_mean(values: Sequence[float]) -> float:
     return float(stats.trim_mean(values, 0.25))
 
 
-def bootstrap_interval(values: Sequence[float], *, resamples: int = 2000) -> tuple[float, float]:
+def bootstrap_interval(
+    values: Sequence[float], *, resamples: int = RESAMPLES
+) -> tuple[float, float]:
     """95% percentile-bootstrap interval of the interquartile mean; the same numbers every time.
 
     One value, or equal ones, have an interval of no width.
@@ -34,3 +48,80 @@ def summarize(per_seed: Sequence[Sequence[float]]) -> dict[str, object]:
         "ci95": list(bootstrap_interval(values)),
         "ci95_over": "seeds" if len(means) > 1 else "episodes",
     }
+
+
+def require_rliable() -> None:
+    """Raises `ImportError` that says how to install rliable, where it is not."""
+    if importlib.util.find_spec("rliable") is None:
+        raise ImportError(
+            "this needs the package rliable: pip install 'qscore[stats]' (or `uv sync --extra "
+            "stats`)."
+        )
+
+
+def aggregate(scores: Scores) -> tuple[float, tuple[float, float]]:
+    """The interquartile mean over all tasks and seeds, and its 95% bootstrap interval.
+
+    The bootstrap is stratified: it draws seeds anew within each task. Tasks may have unlike numbers
+    of seeds.
+    """
+    require_rliable()
+    from rliable.metrics import aggregate_iqm
+
+    return _bootstrapped(lambda *tasks: aggregate_iqm(np.concatenate(tasks)), scores)
+
+
+def probability_of_improvement(scores: Scores, others: Scores) -> tuple[float, tuple[float, float]]:
+    """How probable it is that a seed of `scores` does better than one of `others`, on average over
+
+    the tasks, and its 95% bootstrap interval. Ties count as a half.
+    """
+    require_rliable()
+    from rliable.metrics import probability_of_improvement
+
+    tasks = len(scores)
+
+    def probability(*columns: np.ndarray) -> float:
+        pairs = zip(columns[:tasks], columns[tasks:], strict=True)
+        return float(np.mean([probability_of_improvement(one, other) for one, other in pairs]))
+
+    return _bootstrapped(probability, [*scores, *others])
+
+
+def chance(scores: Scores, others: Scores) -> float:
+    """How probable a difference at least this clear would be if the two methods were equal.
+
+    The two-sided p-value of exact Mann-Whitney tests within the tasks, combined by Fisher's
+    method. Unlike a bootstrap, it knows that three seeds against three can say little.
+    """
+    sides: list[float] = []
+    for alternative in ("greater", "less"):
+        values = []
+        for one, other in zip(scores, others, strict=True):
+            test: Any = stats.mannwhitneyu(one, other, alternative=alternative)
+            values.append(test.pvalue)
+        combined: Any = stats.combine_pvalues(values)
+        sides.append(combined.pvalue)
+    return float(min(1.0, 2.0 * min(sides)))
+
+
+def _bootstrapped(
+    statistic: Callable[..., float], columns: Scores
+) -> tuple[float, tuple[float, float]]:
+    """A statistic of independent columns and its 95% bootstrap interval; the same every time."""
+    from rliable.library import get_interval_estimates
+
+    arrays = [np.asarray(column, float)[:, None] for column in columns]
+
+    def function(*arrays: Any) -> np.ndarray:
+        return np.array([statistic(*arrays)])
+
+    # rliable draws from NumPy's global state, whatever generator it is given
+    state = np.random.get_state()  # noqa: NPY002
+    np.random.seed(0)  # noqa: NPY002
+    try:
+        points, intervals = get_interval_estimates({"": arrays}, function, reps=RESAMPLES)
+    finally:
+        np.random.set_state(state)  # noqa: NPY002
+    low, high = intervals[""][:, 0]
+    return float(points[""][0]), (float(low), float(high))

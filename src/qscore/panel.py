@@ -1,0 +1,272 @@
+"""Runs side by side: which of them are seeds of one method, which share a task, what is unlike.
+
+A *task* is an environment with its fields, and the data set learned from, if any. A *method* is an
+algorithm with its fields. Seeds of one method on one task belong together, whichever run folders
+they lie in; a seed that is there twice, and evaluations of unlike length, are refused; everything
+else in which compared runs differ is said in `Panel.notes`.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qscore.algorithms import algorithm_name
+from qscore.errors import UsageError
+from qscore.folder import Run, environment_name, non_defaults
+from qscore.statistics import bootstrap_interval, interquartile_mean
+
+TRAINING_FIELDS = ("num_envs",)
+"""Fields of an environment that say how it is trained in, not what it is."""
+
+
+@dataclass(frozen=True)
+class Seed:
+    """One trained seed: the run it is of, and its lines of `evals.jsonl` and `metrics.jsonl`."""
+
+    run: Run
+    evals: dict[int, dict[str, Any]]  # by environment steps
+    metrics: dict[int, dict[str, Any]]
+
+    def mean_return(self, step: int) -> float:
+        """The mean return of the evaluation at `step`."""
+        return float(np.mean(self.evals[step]["returns"]))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The interquartile mean over seeds and its 95% bootstrap interval, all of shape [points]."""
+
+    x: list[float]
+    middle: list[float]
+    low: list[float]
+    high: list[float]
+
+
+@dataclass(frozen=True)
+class Method:
+    """All seeds of one algorithm with one setting of its fields, on one task."""
+
+    name: str
+    settings: dict[str, Any]
+    """What differs from the algorithm's defaults, with the preset."""
+    seeds: dict[int, Seed]
+
+    @property
+    def runs(self) -> list[Run]:
+        """The run folders that the seeds lie in, in the order of the seeds."""
+        return list({seed.run.folder: seed.run for seed in self.seeds.values()}.values())
+
+    @property
+    def steps(self) -> list[int]:
+        """Environment steps at which every seed was evaluated."""
+        return sorted(set.intersection(*(set(seed.evals) for seed in self.seeds.values())))
+
+    def returns(self, step: int) -> list[float]:
+        """The mean return of every seed at a step of `steps`."""
+        return [seed.mean_return(step) for seed in self.seeds.values()]
+
+    def curve(self, axis: str) -> Curve:
+        """Over `env_steps`, or over `seconds` of wall clock, those of the mean seed."""
+        across = [self.returns(step) for step in self.steps]
+        bands = [bootstrap_interval(values) for values in across]
+        return Curve(
+            x=[
+                float(np.mean([seed.evals[step][axis] for seed in self.seeds.values()]))
+                for step in self.steps
+            ],
+            middle=[interquartile_mean(values) for values in across],
+            low=[low for low, _ in bands],
+            high=[high for _, high in bands],
+        )
+
+
+@dataclass(frozen=True)
+class Task:
+    """The methods that were run on one task, and the last step at which all can be compared."""
+
+    name: str
+    methods: list[Method]
+    final_step: int
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Everything that a figure or a report of some run folders is made of."""
+
+    tasks: list[Task]
+    notes: list[str]
+    """What a reader has to know before comparing: every way in which the runs are unlike."""
+
+    @property
+    def names(self) -> list[str]:
+        """The methods of all tasks, in the order in which they were first given."""
+        return list(dict.fromkeys(method.name for task in self.tasks for method in task.methods))
+
+
+def read_panel(folders: Sequence[Path]) -> Panel:
+    """Read run folders and arrange them.
+
+    Raises `UsageError` where a folder is not a run or has no evaluation yet, where a seed of a
+    method is there twice, and where evaluations on one task are not of equally many episodes or
+    share no step.
+    """
+    return arrange([Run.open(folder) for folder in folders])
+
+
+def arrange(runs: Sequence[Run]) -> Panel:
+    """As `read_panel`, of runs that are open."""
+    if not runs:
+        raise UsageError("no run folder was given.")
+    labels = _labels([(algorithm_name(run.algorithm), _method_settings(run)) for run in runs])
+    places = _labels([(environment_name(run.environment), _task_settings(run)) for run in runs])
+    tasks = []
+    for place in dict.fromkeys(places):
+        there = [i for i, each in enumerate(places) if each == place]
+        methods = []
+        for label in dict.fromkeys(labels[i] for i in there):
+            of_method = [runs[i] for i in there if labels[i] == label]
+            methods.append(Method(label, _method_settings(of_method[0]), _seeds(label, of_method)))
+        tasks.append(_task(place, methods))
+    return Panel(tasks, _notes(tasks))
+
+
+def _method_settings(run: Run) -> dict[str, Any]:
+    """What distinguishes methods: fields that are not defaults, and how the run is computed."""
+    settings = non_defaults(run.algorithm)
+    for name in TRAINING_FIELDS:
+        if (value := getattr(run.environment, name, 1)) != 1:
+            settings[name] = value
+    if run.settings.precision != "f32":
+        settings["precision"] = run.settings.precision
+    return settings
+
+
+def _task_settings(run: Run) -> dict[str, Any]:
+    """What distinguishes tasks of one environment."""
+    fields = non_defaults(run.environment)
+    settings = {name: value for name, value in fields.items() if name not in TRAINING_FIELDS}
+    if run.settings.dataset is not None:
+        settings["dataset"] = run.settings.dataset
+        settings["online_steps"] = run.settings.online_steps
+    return settings
+
+
+def _labels(named: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """A label for each (name, settings): the name, and settings that not all of the name share.
+
+    Equal settings have equal labels, and others never.
+    """
+    labels: dict[str, str] = {}
+    for name, settings in named:
+        alike = [other for each, other in named if each == name]
+        said = [name]
+        for key in dict.fromkeys(key for other in alike for key in other):
+            if key in settings and any(other.get(key) != settings[key] for other in alike):
+                text = _text(settings[key])
+                if key != "preset":
+                    said.append(f"{key}={text}")
+                elif text != "default":
+                    said.append(text)
+        label = full = ", ".join(said)
+        identity = _identity(name, settings)
+        while labels.setdefault(label, identity) != identity:  # cut to the same characters
+            label = f"{full} ({1 + sum(each.startswith(full) for each in labels)})"
+    by_identity = {identity: label for label, identity in labels.items()}
+    return [by_identity[_identity(name, settings)] for name, settings in named]
+
+
+def _identity(name: str, settings: dict[str, Any]) -> str:
+    return json.dumps([name, settings], sort_keys=True)
+
+
+def _text(value: Any) -> str:
+    """A setting in a label: of a file its name, of a long one its first characters."""
+    if isinstance(value, str) and value.startswith("/"):
+        value = Path(value).name
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 30 else text[:27] + "..."
+
+
+def _seeds(label: str, runs: Iterable[Run]) -> dict[int, Seed]:
+    """Every seed of the runs of a method on a task, in order."""
+    seeds: dict[int, Seed] = {}
+    for run in runs:
+        evals, metrics = run.rows("evals"), run.rows("metrics")
+        if not evals:
+            raise UsageError(f"{run.folder} has no evaluation yet; there is nothing to show.")
+        for seed, rows in evals.items():
+            if seed in seeds:
+                raise UsageError(
+                    f"seed {seed} of {label} is in {seeds[seed].run.folder} and in {run.folder}; "
+                    "a seed counts once: leave one of them out."
+                )
+            seeds[seed] = Seed(run, rows, metrics.get(seed, {}))
+    return dict(sorted(seeds.items()))
+
+
+def _task(place: str, methods: list[Method]) -> Task:
+    runs = [run for method in methods for run in method.runs]
+    episodes = {run.settings.eval_episodes: run.folder for run in runs}
+    if len(episodes) > 1:
+        said = ", ".join(f"{count} in {folder}" for count, folder in episodes.items())
+        raise UsageError(
+            f"evaluations on {place} are of unlike numbers of episodes ({said}); figures of "
+            "single policies would be unlike sure. Compare runs with the same `eval_episodes`."
+        )
+    common = set.intersection(*(set(method.steps) for method in methods))
+    if not common:
+        folders = ", ".join(str(run.folder) for run in runs)
+        raise UsageError(
+            f"the runs on {place} were never evaluated after equally many steps ({folders}); "
+            "compare runs whose `eval_every` have a common multiple."
+        )
+    return Task(place, methods, max(common))
+
+
+def _notes(tasks: list[Task]) -> list[str]:
+    """Each unlikeness in a sentence."""
+    notes = []
+    for task in tasks:
+        runs = [run for method in task.methods for run in method.runs]
+        for method in task.methods:
+            for run in method.runs:
+                if missing := sorted(set(run.settings.seed_list) - set(method.seeds)):
+                    said = ", ".join(map(str, missing))
+                    notes.append(f"{run.folder}: no evaluation yet of seeds {said}.")
+                done = max(max(seed.evals) for seed in method.seeds.values() if seed.run == run)
+                if done < run.settings.total_steps:
+                    notes.append(
+                        f"{run.folder} has not finished: {done:,} of {run.settings.total_steps:,} "
+                        "steps."
+                    )
+        reached = {method.name: max(method.steps) for method in task.methods}
+        if len(set(reached.values())) > 1:
+            said = ", ".join(f"{name} {step:,}" for name, step in reached.items())
+            notes.append(
+                f"{task.name}: compared after {task.final_step:,} steps, which all have done "
+                f"({said})."
+            )
+        counts = {method.name: len(method.seeds) for method in task.methods}
+        if len(set(counts.values())) > 1:
+            said = ", ".join(f"{name} {count}" for name, count in counts.items())
+            notes.append(f"{task.name}: unlike numbers of seeds ({said}).")
+        for package in dict.fromkeys(name for run in runs for name in run.versions):
+            found = dict.fromkeys(run.versions.get(package, "unknown") for run in runs)
+            if len(found) > 1:
+                notes.append(f"{task.name}: unlike versions, {package} ({', '.join(found)}).")
+    everyone = {method.name for task in tasks for method in task.methods}
+    for task in tasks:
+        if missing := sorted(everyone - {method.name for method in task.methods}):
+            notes.append(f"{task.name}: not run with {', '.join(missing)}.")
+    environments = {}
+    for task in tasks:
+        run = task.methods[0].runs[0]
+        environments.setdefault(environment_name(run.environment), []).append(task.name)
+    for name, places in environments.items():
+        if len(places) > 1:
+            notes.append(f"{name} is there in unlike forms, which are tasks of their own.")
+    return list(dict.fromkeys(notes))
