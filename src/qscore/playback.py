@@ -49,17 +49,21 @@ class LoadedPolicy:
         return self._low + (action[0] + 1.0) / 2.0 * (self._high - self._low), carry
 
 
-def load(folder: str | os.PathLike, *, seed: int | None = None) -> LoadedPolicy:
-    """The policy of one seed (the first unless given) at a run's newest intact checkpoint."""
+def load(
+    folder: str | os.PathLike, *, seed: int | None = None, explore: bool = False
+) -> LoadedPolicy:
+    """The policy of one seed (the first unless given) at a run's newest intact checkpoint.
+
+    As it is evaluated, or with `explore` as it acts in training.
+    """
     run = Run.open(folder)
     seed = run.settings.seed_start if seed is None else seed
     task = as_usage_error(run.environment.open)
     agents = _load_agents(run, task.spec, [seed])
     low, high = task.action_bounds
     task.close()
-    return LoadedPolicy(
-        evaluation_policy(run.algorithm, task.spec, rows=1), agents[seed], low, high
-    )
+    kind = exploration_policy if explore else evaluation_policy
+    return LoadedPolicy(kind(run.algorithm, task.spec, rows=1), agents[seed], low, high)
 
 
 def evaluate(

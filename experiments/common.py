@@ -1,0 +1,154 @@
+"""What the experiments share: their runs, and the file that a result is kept in.
+
+Every experiment is a command. It trains what is missing into run folders, and then makes a JSON
+file, a picture and a table of them:
+
+    python experiments/NAME.py             # the full settings; results in experiments/results/
+    python experiments/NAME.py --quick     # minutes: the same code on less of everything
+
+Runs are ordinary run folders, one per seed, in `--runs`. A finished run is not repeated and one
+that was cut short is resumed, so that an experiment goes on where it stopped. Processes may share
+the work: start the command once per core, each under `taskset -c CORE`; the one that finishes last
+writes the results.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+import qscore as qs
+from qscore.panel import Panel, read_panel
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "experiments" / "results"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run of one seed."""
+
+    name: str
+    """Its folder, under `--runs`; with the seed."""
+    algorithm: Any
+    environment: Any
+    steps: int
+    seed: int
+    eval_every: int
+    eval_episodes: int = 10
+
+    def folder(self, runs: Path) -> Path:
+        return runs / self.name / f"seed-{self.seed}"
+
+
+def arguments(doc: str | None, name: str) -> argparse.ArgumentParser:
+    """The options that all experiments have."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="less of everything, in minutes")
+    parser.add_argument("--runs", type=Path, help="where the runs are; runs/NAME by default")
+    parser.add_argument("--out", type=Path, help="the JSON file; experiments/results by default")
+    parser.set_defaults(name=name)
+    return parser
+
+
+def places(args: argparse.Namespace) -> tuple[Path, Path]:
+    """(folder of the runs, JSON file); quick results never lie where the full ones do."""
+    name = f"{args.name}-quick" if args.quick else args.name
+    runs = args.runs or ROOT / "runs" / name
+    if args.quick and args.out is None:
+        return runs, runs / f"{args.name}.json"
+    return runs, args.out or RESULTS / f"{args.name}.json"
+
+
+def train(jobs: Sequence[Job], runs: Path) -> bool:
+    """Train or resume every job that no other process is at. False while some are unfinished.
+
+    A run that diverges stays where it stopped, and is named on standard error.
+    """
+    unfinished = []
+    for job in jobs:
+        folder = job.folder(runs)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.with_suffix(".lock"), "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                unfinished.append(job)
+                continue
+            if (folder / "summary.json").is_file():
+                continue
+            try:
+                _train(job, folder)
+            except qs.TrainingDiverged as error:
+                print(f"{folder}: {error}", file=sys.stderr)
+    return not any(not (job.folder(runs) / "summary.json").is_file() for job in unfinished)
+
+
+def _train(job: Job, folder: Path) -> None:
+    if (folder / "config.json").is_file():
+        qs.resume(folder)
+        return
+    qs.train(
+        job.algorithm,
+        job.environment,
+        steps=job.steps,
+        seed_start=job.seed,
+        eval_every=job.eval_every,
+        eval_episodes=job.eval_episodes,
+        keep_checkpoints=1,
+        out=folder,
+    )
+
+
+def panel(jobs: Sequence[Job], runs: Path) -> Panel:
+    """The runs that have been evaluated, side by side."""
+    folders = [job.folder(runs) for job in jobs]
+    return read_panel([folder for folder in folders if (folder / "evals.jsonl").is_file()])
+
+
+def save(args: argparse.Namespace, results: dict[str, Any], figure: Figure | None = None) -> Path:
+    """Write the JSON file, with the command, the commit and the machine; and the picture.
+
+    The picture of the full settings goes to where the documentation shows it, others beside the
+    file.
+    """
+    _, out = places(args)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    about = {
+        "experiment": args.name,
+        "command": shlex.join(["python", f"experiments/{words[0]}", *words[1:]]),
+        "commit": commit(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "quick": args.quick,
+    }
+    scratch = out.with_suffix(".tmp")
+    scratch.write_text(json.dumps(about | results, indent=1) + "\n")
+    scratch.replace(out)
+    if figure is not None:
+        shown = ROOT / "docs" / "assets" / f"{args.name}.png"
+        figure.savefig(shown if out.parent == RESULTS else out.with_suffix(".png"), dpi=150)
+    return out
+
+
+def commit() -> str:
+    """The commit that is checked out; marked where files differ from it."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=10"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    return described.stdout.strip() or "unknown"

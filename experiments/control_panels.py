@@ -1,0 +1,157 @@
+"""Every algorithm on the two benchmark panels, from the papers: dm_control and MuJoCo.
+
+    python experiments/control_panels.py dm_control
+    python experiments/control_panels.py mujoco
+    python experiments/control_panels.py mujoco --seeds 3 4 --tasks HalfCheetah-v5
+    python experiments/control_panels.py mujoco --table          # of what has been run so far
+    python experiments/control_panels.py mujoco --quick
+
+Default presets, last checkpoints, 10 episodes per evaluation. Runs are shared among processes as in
+all experiments: start one per core. The results hold every run that has ended by then, and name
+those that have not: `missing`. *Early* is the mean return of the evaluations in the first fifth of
+training, which the CQSM paper is about.
+"""
+
+import argparse
+from typing import Any
+
+import numpy as np
+from common import Job, arguments, panel, places, save, train
+from matplotlib.figure import Figure
+
+import qscore as qs
+from qscore.panel import Method
+from qscore.plots import draw_returns
+from qscore.statistics import bootstrap_interval, interquartile_mean
+
+PANELS: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
+    # panel: (steps of every task, algorithms)
+    "dm_control": (
+        {
+            "dm_control/cartpole-swingup-v0": 60_000,
+            "dm_control/reacher-easy-v0": 60_000,
+            "dm_control/cheetah-run-v0": 60_000,
+            "dm_control/walker-walk-v0": 60_000,
+            "dm_control/hopper-stand-v0": 60_000,
+        },
+        ("qsm", "diffusion_ql", "sac", "td3", "cqsm"),
+    ),
+    "mujoco": (
+        {
+            "HalfCheetah-v5": 100_000,
+            "Hopper-v5": 100_000,
+            "Walker2d-v5": 100_000,
+            "Swimmer-v5": 100_000,
+        },
+        ("cqsm", "qsm", "sac", "td3", "diffusion_ql"),
+    ),
+}
+EARLY = 0.2
+
+
+def jobs(name: str, args: argparse.Namespace) -> list[Job]:
+    """Every run that is asked for: whole rounds of a seed, so that an early end leaves few gaps."""
+    tasks, algorithms = PANELS[name]
+    fields: dict[str, Any] = {}
+    if args.quick:
+        fields = {"hidden": (32, 32), "batch_size": 64, "warmup_steps": 500}
+    found = []
+    for seed in args.seeds:
+        for task in args.tasks or tasks:
+            steps = 1_000 if args.quick else tasks[task]
+            for algorithm in args.algorithms or algorithms:
+                found.append(
+                    Job(
+                        f"{task.replace('/', '-')}/{algorithm}",
+                        qs.ALGORITHMS[algorithm](**fields),
+                        qs.Host(task),
+                        steps,
+                        seed,
+                        steps // 20,
+                        1 if args.quick else 10,
+                    )
+                )
+    return found
+
+
+def early(method: Method, final_step: int) -> list[float]:
+    """Per seed, the mean return over the first share of training."""
+    steps = [step for step in method.steps if step <= EARLY * final_step]
+    return np.mean([method.returns(step) for step in steps], axis=0).tolist()
+
+
+def row(method: Method, final_step: int) -> dict[str, Any]:
+    """The figures of one method on one task."""
+    last, first = method.returns(final_step), early(method, final_step)
+    return {
+        "returns": {str(s): round(v, 1) for s, v in zip(method.seeds, last, strict=True)},
+        "iqm": round(interquartile_mean(last), 1),
+        "ci95": np.round(bootstrap_interval(last), 1).tolist(),
+        "early": {str(s): round(v, 1) for s, v in zip(method.seeds, first, strict=True)},
+        "early_iqm": round(interquartile_mean(first), 1),
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Every seed and the interquartile means, as Markdown."""
+    lines = [
+        "| task | algorithm | last return of each seed | interquartile mean | 95% | early |",
+        "|---|---|---|---|---|---|",
+    ]
+    for task, rows in results.items():
+        for name, each in rows.items():
+            cells = ", ".join(f"{value:.0f}" for value in each["returns"].values())
+            low, high = each["ci95"]
+            lines.append(
+                f"| `{task}` | {name} | {cells} | {each['iqm']:.0f} | {low:.0f} to {high:.0f} | "
+                f"{each['early_iqm']:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = arguments(__doc__, "")
+    parser.add_argument("panel", choices=list(PANELS))
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--tasks", nargs="+")
+    parser.add_argument("--algorithms", nargs="+", choices=list(qs.ALGORITHMS))
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    args = parser.parse_args(argv)
+    args.name = f"panel_{args.panel}"
+    tasks, _ = PANELS[args.panel]
+    if unknown := set(args.tasks or ()) - set(tasks):
+        parser.error(f"no task {sorted(unknown)[0]!r} in {args.panel}: {', '.join(tasks)}")
+    if args.quick:
+        args.tasks = args.tasks or list(tasks)[:1]
+    args.seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
+    runs, _ = places(args)
+    todo = jobs(args.panel, args)
+    if not args.table:
+        train(todo, runs)
+    finished = [job for job in todo if (job.folder(runs) / "summary.json").is_file()]
+    missing = [f"{job.name}, seed {job.seed}" for job in todo if job not in finished]
+    if not finished:
+        parser.error(f"no run in {runs} has finished")
+    found = panel(finished, runs)
+    results = {
+        task.name: {method.name: row(method, task.final_step) for method in task.methods}
+        for task in found.tasks
+    }
+    print(table(results))
+    for name in missing:
+        print(f"missing: {name}")
+    figure = Figure(figsize=(4.2 * min(3, len(found.tasks)), 3.2 * -(-len(found.tasks) // 3)),
+                    layout="constrained")  # fmt: skip
+    grid = figure.subplots(-(-len(found.tasks) // 3), min(3, len(found.tasks)), squeeze=False)
+    for axes, task in zip(grid.ravel(), found.tasks, strict=False):
+        draw_returns(axes, found, task, "env_steps")
+        axes.set_title(task.name, fontsize=9)
+    for axes in grid.ravel()[len(found.tasks) :]:
+        axes.set_axis_off()
+    grid[0, 0].legend(frameon=False, fontsize=8)
+    steps = {task.name: task.final_step for task in found.tasks}
+    save(args, {"steps": steps, "missing": missing, "tasks": results}, figure)
+
+
+if __name__ == "__main__":
+    main()

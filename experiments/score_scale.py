@@ -1,0 +1,125 @@
+"""How much the scale of QSM's score matters, for its three regression targets.
+
+    python experiments/score_scale.py             # hours; see below for several processes
+    python experiments/score_scale.py --quick
+
+The `gradient` target is the paper's, and its scale M_q (`score_scale`) is a setting per task. The
+targets `normalized` and `posterior` divide by a temperature instead, in units of the critic's own
+gradient. Each is trained at a ninth, a third, one, three and nine times its default scale (M_q or
+one over the temperature) on four tasks; all else is as the default preset has it. A curve is flat
+where the setting does not matter. Last checkpoints; every seed.
+"""
+
+from typing import Any
+
+import numpy as np
+from common import Job, arguments, panel, places, save, train
+from matplotlib.figure import Figure
+
+import qscore as qs
+from qscore.environments import DoubleWell
+from qscore.statistics import bootstrap_interval, interquartile_mean
+
+TARGETS = ("gradient", "normalized", "posterior")
+FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
+TASKS: dict[str, tuple[Any, int]] = {
+    "Pendulum-v1": (qs.Host("Pendulum-v1"), 10_000),
+    "InvertedPendulum-v5": (qs.Host("InvertedPendulum-v5"), 10_000),
+    "double_well": (DoubleWell("double_well"), 10_000),
+    "HalfCheetah-v5": (qs.Host("HalfCheetah-v5"), 20_000),
+}
+
+
+def algorithm(target: str, factor: float, **fields: Any) -> qs.QSM:
+    """The default preset with another target and scale."""
+    usual = qs.QSM()
+    if target == "gradient":
+        return qs.QSM(target=target, score_scale=usual.score_scale * factor, **fields)
+    return qs.QSM(target=target, temperature=usual.temperature / factor, **fields)
+
+
+def jobs(quick: bool) -> dict[tuple[str, str, float], list[Job]]:
+    """Every run, by task, target and factor."""
+    fields: dict[str, Any] = {"warmup_steps": 1_000}
+    if quick:
+        fields = {"warmup_steps": 300, "hidden": (32, 32), "batch_size": 64}
+    found: dict[tuple[str, str, float], list[Job]] = {}
+    for task, (environment, steps) in TASKS.items():
+        if quick:
+            if task != "Pendulum-v1":
+                continue
+            steps = 600
+        for target in TARGETS:
+            for factor in FACTORS[1::2] if quick else FACTORS:
+                for seed in range(1 if quick else 3):
+                    job = Job(
+                        f"{task}/{target}-{factor:.3g}",
+                        algorithm(target, factor, **fields),
+                        environment,
+                        steps,
+                        seed,
+                        steps // 5,
+                    )
+                    found.setdefault((task, target, factor), []).append(job)
+    return found
+
+
+def picture(results: dict[str, Any]) -> Figure:
+    """One axes per task: return against the scale, a line per target, every seed a dot."""
+    figure = Figure(figsize=(3.2 * max(2, len(results)), 3.2), layout="constrained")
+    for axes, (task, targets) in zip(
+        figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True
+    ):
+        for index, (target, rows) in enumerate(targets.items()):
+            x = [row["factor"] for row in rows]
+            axes.plot(x, [row["iqm"] for row in rows], color=f"C{index}", label=target)
+            for row in rows:
+                values = list(row["returns"].values())
+                axes.plot([row["factor"]] * len(values), values, ".", color=f"C{index}", alpha=0.4)
+        axes.set(xscale="log", title=task, xlabel="scale, times the default")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    figure.axes[0].set_ylabel("last return")
+    figure.axes[0].legend(frameon=False)
+    return figure
+
+
+def table(results: dict[str, Any]) -> str:
+    """Interquartile means, as Markdown."""
+    factors = [row["factor"] for row in next(iter(next(iter(results.values())).values()))]
+    lines = [f"| task | target | {' | '.join(f'{factor:.3g}' for factor in factors)} |"]
+    lines.append("|---|---|" + "---|" * len(factors))
+    for task, targets in results.items():
+        for target, rows in targets.items():
+            cells = [f"{row['iqm']:.4g}" for row in rows]
+            lines.append(f"| `{task}` | `{target}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(__doc__, "score_scale").parse_args(argv)
+    runs, _ = places(args)
+    todo = jobs(args.quick)
+    if not train([job for each in todo.values() for job in each], runs):
+        print("other processes are still at some of the runs; they will write the results")
+        return
+    results: dict[str, Any] = {}
+    for (task, target, factor), each in todo.items():
+        (found,) = panel(each, runs).tasks
+        (method,) = found.methods
+        values = method.returns(found.final_step)
+        results.setdefault(task, {}).setdefault(target, []).append(
+            {
+                "factor": round(factor, 4),
+                "steps": found.final_step,
+                "returns": {str(s): round(v, 2) for s, v in zip(method.seeds, values, strict=True)},
+                "iqm": round(interquartile_mean(values), 2),
+                "ci95": np.round(bootstrap_interval(values), 2).tolist(),
+            }
+        )
+    print(table(results))
+    save(args, {"tasks": results}, picture(results))
+
+
+if __name__ == "__main__":
+    main()

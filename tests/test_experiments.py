@@ -1,0 +1,112 @@
+"""Every experiment runs, in its quick form, and ends in a file, a table and a picture."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import jax
+import numpy as np
+import pytest
+
+import qscore as qs
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+NAMES = sorted(path.stem for path in EXPERIMENTS.glob("*.py") if path.stem != "common")
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import an experiment as its command does, with its folder on the path."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    registered = set(gym.registry)
+    yield importlib.import_module
+    for name in [*NAMES, "common"]:
+        sys.modules.pop(name, None)
+    for id in set(gym.registry) - registered:
+        del gym.registry[id]
+
+
+ARGUMENTS = {"control_panels": ["mujoco", "--algorithms", "td3", "qsm"]}
+"""What a command needs besides, or leaves out because the contract tests have run it."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_the_quick_form_ends_in_a_file_a_table_and_a_picture(name, load, tmp_path, capsys):
+    out = tmp_path / f"{name}.json"
+    jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of it
+    try:
+        places = ["--runs", str(tmp_path / "runs"), "--out", str(out)]
+        load(name).main([*ARGUMENTS.get(name, []), "--quick", *places])
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    result = json.loads(out.read_text())
+    assert result["quick"] is True and result["commit"] and result["command"].startswith("python ")
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(rows) > 3 and len({row.count("|") for row in rows}) == 1
+
+
+def test_runs_are_shared_and_taken_up_where_they_stopped(load, tmp_path, capsys):
+    common = load("common")
+    algorithm = qs.TD3(hidden=(4, 4), batch_size=4, warmup_steps=50)
+    jobs = [
+        common.Job("pendulum/td3", algorithm, qs.Host("Pendulum-v1"), 100, seed, 50, 1)
+        for seed in (0, 1)
+    ]
+    lock = tmp_path / "pendulum" / "td3" / "seed-0.lock"
+    lock.parent.mkdir(parents=True)
+    with open(lock, "w") as held:  # another process is at it
+        common.fcntl.flock(held, common.fcntl.LOCK_EX)
+        assert not common.train(jobs, tmp_path)
+    assert not jobs[0].folder(tmp_path).exists()
+    panel = common.panel(jobs, tmp_path)
+    assert list(panel.tasks[0].methods[0].seeds) == [1]
+    assert common.train(jobs, tmp_path)
+    (method,) = common.panel(jobs, tmp_path).tasks[0].methods
+    assert list(method.seeds) == [0, 1] and method.steps == [50, 100]
+    # one that was cut short, here by its summary, is resumed and not begun anew
+    (jobs[1].folder(tmp_path) / "summary.json").unlink()
+    before = (jobs[1].folder(tmp_path) / "metrics.jsonl").read_text()
+    assert common.train(jobs, tmp_path)
+    assert (jobs[1].folder(tmp_path) / "metrics.jsonl").read_text() == before
+
+
+def test_quick_results_never_lie_where_the_full_ones_do(load):
+    common = load("common")
+    parse = common.arguments("", "name").parse_args
+    quick, full = common.places(parse(["--quick"])), common.places(parse([]))
+    assert full == (common.ROOT / "runs" / "name", common.RESULTS / "name.json")
+    assert quick == (common.ROOT / "runs" / "name-quick", quick[0] / "name.json")
+
+
+def test_coverage_of_two_modes(load):
+    coverage = load("multi_modality").coverage
+    assert coverage(np.array([-0.5, 0.5, 0.6, -0.7])) == 1.0
+    assert coverage(np.array([-0.5, 0.5, 0.6, 0.7])) == 0.5
+    assert coverage(np.array([0.5, 0.6])) == coverage(np.array([0.0, 0.05, -0.05])) == 0.0
+
+
+def test_the_deceptive_reward_leads_to_the_small_hill(load):
+    exploration = load("exploration")
+    point = exploration.START.copy()
+    for _ in range(200):  # steepest ascent
+        step = [
+            exploration.reward(point + 0.01 * unit) - exploration.reward(point - 0.01 * unit)
+            for unit in np.eye(2)
+        ]
+        point = np.clip(point + 0.05 * np.array(step) / np.linalg.norm(step), -1, 1)
+    assert np.linalg.norm(point - exploration.NEAR) < 0.1
+    assert exploration.reward(exploration.FAR) > 3.5 * exploration.reward(exploration.NEAR)
+    square = np.stack(np.meshgrid(*[np.linspace(-0.99, 0.99, 100)] * 2), -1).reshape(-1, 2)
+    assert exploration.cells(square) == 1.0 and exploration.cells(square[:1]) == 1 / 400
+
+
+def test_each_scale_of_the_score_is_a_multiple_of_the_default(load):
+    algorithm = load("score_scale").algorithm
+    usual = qs.QSM()
+    assert algorithm("gradient", 3.0).score_scale == 3.0 * usual.score_scale
+    assert algorithm("posterior", 3.0).temperature == usual.temperature / 3.0
+    assert algorithm("normalized", 1.0) == usual
