@@ -4,8 +4,10 @@ One comparison with one table of tolerances, a jit that compiles fast, networks 
 critics and batches, critics that are known functions, and a training session.
 """
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
@@ -55,6 +57,16 @@ def quick_jit(function: Any, **kwargs: Any) -> Any:
     Compiling is most of what a test of a small network costs, and this halves it.
     """
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **kwargs)
+
+
+@contextlib.contextmanager
+def fast_compilation() -> Iterator[None]:
+    """The same for everything that is compiled within."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 # The networks, in NumPy and float64 ---------------------------------------------------------------

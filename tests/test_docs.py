@@ -19,6 +19,7 @@ import jax
 import jax.random as jr
 import numpy as np
 import pytest
+from helpers import fast_compilation
 
 import qscore as qs
 from qscore import cli, datasets, replay
@@ -66,14 +67,14 @@ def run_python(page: Path) -> None:
     module = types.ModuleType(f"docs_{page.stem}")
     sys.modules[module.__name__] = module  # dataclasses look themselves up
     registered = set(gym.registry)
-    jax.config.update("jax_disable_most_optimizations", True)
     try:
-        for match in FENCE.finditer(page.read_text()):
-            if match[2] == "python":
-                above = "\n" * (page.read_text()[: match.start(3)].count("\n"))  # true line numbers
-                exec(compile(above + match[3], str(page), "exec"), module.__dict__)
+        with fast_compilation():
+            for match in FENCE.finditer(page.read_text()):
+                if match[2] == "python":
+                    # lines above it, for true line numbers
+                    above = "\n" * (page.read_text()[: match.start(3)].count("\n"))
+                    exec(compile(above + match[3], str(page), "exec"), module.__dict__)
     finally:
-        jax.config.update("jax_disable_most_optimizations", False)
         del sys.modules[module.__name__]
         for id in set(gym.registry) - registered:
             del gym.registry[id]

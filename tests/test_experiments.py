@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import gymnasium as gym
-import jax
 import numpy as np
 import pytest
+from helpers import fast_compilation
 
 import qscore as qs
 
@@ -36,12 +36,9 @@ ARGUMENTS = {"control_panels": ["mujoco", "--algorithms", "td3", "qsm"]}
 @pytest.mark.parametrize("name", NAMES)
 def test_the_quick_form_ends_in_a_file_a_table_and_a_picture(name, load, tmp_path, capsys):
     out = tmp_path / f"{name}.json"
-    jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of it
-    try:
-        places = ["--runs", str(tmp_path / "runs"), "--out", str(out)]
+    places = ["--runs", str(tmp_path / "runs"), "--out", str(out)]
+    with fast_compilation():
         load(name).main([*ARGUMENTS.get(name, []), "--quick", *places])
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
     result = json.loads(out.read_text())
     assert result["quick"] is True and result["commit"] and result["command"].startswith("python ")
     assert out.with_suffix(".png").stat().st_size > 10_000

@@ -18,8 +18,8 @@ Sources = dict[str, str]
 OUTER = {
     f"qscore.{name}"
     for name in (
-        *("__main__", "bench", "checkpoint", "cli", "datasets", "folder", "log", "playback"),
-        *("panel", "plots", "report", "run"),
+        *("__main__", "bench", "checkpoint", "cli", "datasets", "export", "folder", "log"),
+        *("panel", "playback", "plots", "report", "run"),
     )
 }
 """What may touch disk, clock and terminal. The rest is pure."""

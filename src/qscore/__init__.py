@@ -15,6 +15,7 @@ from qscore.errors import Interrupted as Interrupted
 from qscore.errors import RunStopped as RunStopped
 from qscore.errors import TrainingDiverged as TrainingDiverged
 from qscore.errors import UsageError as UsageError
+from qscore.export import export as export
 from qscore.folder import Run as Run
 from qscore.folder import Settings as Settings
 from qscore.playback import evaluate as evaluate

@@ -24,6 +24,7 @@ from qscore.algorithms import ALGORITHMS
 from qscore.environments import ENVIRONMENTS, environment_class
 from qscore.environments.host import known_ids
 from qscore.errors import Interrupted, RunStopped, TrainingDiverged, UsageError
+from qscore.export import export
 from qscore.folder import Run, Settings
 from qscore.panel import read_panel
 from qscore.plots import plot_returns
@@ -116,6 +117,20 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a trained policy as NumPy code that acts without JAX, with a model card."""
+
+    run: tyro.conf.Positional[Path]
+    """The run folder."""
+    to: Path
+    """The folder to make."""
+    seed: int | None = None
+    """The trained seed; None is the first."""
+    json: bool = False
+    """Print one JSON value on stdout."""
+
+
+@dataclass(frozen=True)
 class Bench:
     """Measure updates, acting and the whole loop on the cores this process may use."""
 
@@ -138,6 +153,7 @@ USAGE = """usage: qscore COMMAND ...
   lq solve PROBLEM.json         the closed form of a linear-quadratic problem
   plot RUN... --out FILE        learning curves of runs
   report RUN... --out FILE      compare runs on one page: qscore report runs/* --out report.html
+  export RUN --to FOLDER        the policy as NumPy code, with a model card
   bench                         speed on this machine
 
 `qscore COMMAND --help` explains every option; for train, name the algorithm and environment first.
@@ -423,6 +439,17 @@ def _report(asked: Report) -> None:
     print(asked.out)
 
 
+def _export(asked: Export) -> None:
+    measured = export(asked.run, asked.to, seed=asked.seed)
+    if asked.json:
+        print(json.dumps(measured))
+        return
+    print(
+        f"{asked.to}: an action takes {measured['latency_milliseconds']:.3f} ms and differs from "
+        f"the original's by at most {measured['max_difference']:.1e} half action ranges"
+    )
+
+
 def _bench(asked: Bench) -> None:
     for name in asked.algorithm:
         if name not in ALGORITHMS:
@@ -441,6 +468,7 @@ SIMPLE: dict[str, tuple[type, Callable[[Any], None]]] = {
     "lq": (Lq, _lq),
     "plot": (Plot, _plot),
     "report": (Report, _report),
+    "export": (Export, _export),
     "bench": (Bench, _bench),
 }
 

@@ -59,7 +59,7 @@ def load(
     run = Run.open(folder)
     seed = run.settings.seed_start if seed is None else seed
     task = as_usage_error(run.environment.open)
-    agents = _load_agents(run, task.spec, [seed])
+    agents = load_agents(run, task.spec, [seed])
     low, high = task.action_bounds
     task.close()
     kind = exploration_policy if explore else evaluation_policy
@@ -107,7 +107,7 @@ def evaluate(
         run.environment.open() for _ in range(min(episodes, train_host.EVAL_ROWS) - 1)
     ]
     seeds = run.settings.seed_list
-    agents = _load_agents(run, task.spec, seeds)
+    agents = load_agents(run, task.spec, seeds)
 
     def play(best_of: int) -> tuple[list[list[float]], list[list[int]]]:
         policy = (
@@ -179,7 +179,7 @@ def evaluate(
     return result
 
 
-def _load_agents(run: Run, spec: Spec, seeds: list[int]) -> dict[int, Any]:
+def load_agents(run: Run, spec: Spec, seeds: list[int]) -> dict[int, Any]:
     """The agents of some seeds at the newest intact checkpoint."""
     for seed in seeds:
         if seed not in run.settings.seed_list:
@@ -298,7 +298,7 @@ def film(run: Run, path: Path, *, seed: int) -> None:
     """
     task = as_usage_error(run.environment.open)
     task.close()
-    agents = _load_agents(run, task.spec, [seed])
+    agents = load_agents(run, task.spec, [seed])
     _film(run, evaluation_policy(run.algorithm, task.spec), agents[seed], 0, path)
 
 

@@ -1,0 +1,234 @@
+"""Exported policies: NumPy code that acts as the original does, and a card that says so."""
+
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from helpers import assert_close, fast_compilation
+
+import qscore as qs
+from qscore import cli
+from qscore.environments import LQ
+from qscore.numpy_code import evaluate, translate
+
+SMALL = {"hidden": (8, 8), "batch_size": 8, "warmup_steps": 60}
+
+
+def run_code(code, inputs, draws=()):
+    """What translated code returns."""
+    names = ", ".join(name for name, _ in inputs)
+    body = "".join(f"    {line}\n" for line in code.lines)
+    text = f"def f({names}, draws, c):\n{body}    return [{', '.join(code.outputs)}]\n"
+    scope = {"np": np}
+    exec(text, scope)
+    values = [value for _, value in inputs]
+    return scope["f"](*values, draws, code.constants)  # pyright: ignore
+
+
+def shapes(inputs):
+    return [(name, jax.ShapeDtypeStruct(v.shape, v.dtype)) for name, v in inputs]
+
+
+X = np.linspace(-2.0, 2.0, 6, dtype=np.float32)
+TABLE = np.arange(12.0, dtype=np.float32).reshape(3, 4)
+FUNCTIONS = {
+    "arithmetic": lambda x, k: ((x + 2.0) * x - 1.0) / (x**2 + 1.0) - x**3,
+    "elementary": lambda x, k: jnp.exp(-jnp.abs(x)) + jnp.sin(x) * jnp.tanh(x) + jnp.log1p(x * x),
+    "activations": lambda x, k: jax.nn.silu(x) + jax.nn.relu(x) + jax.nn.softplus(x),
+    "choices": lambda x, k: jnp.where(x > 0.5, x, jnp.clip(x, -1.0, 0.25)) + jnp.sign(x),
+    "roots": lambda x, k: jax.lax.rsqrt(x * x + 1.0) + jnp.sqrt(jnp.abs(x)),
+    "products": lambda x, k: (TABLE @ x[:4]) @ TABLE + x[:3] @ TABLE,
+    "matrices": lambda x, k: (x.reshape(2, 3) @ TABLE).T @ x.reshape(2, 3),
+    "shapes": lambda x, k: jnp.concatenate([x[None].T, x[::-1, None]], axis=1)[1:5:2].ravel(),
+    "sums": lambda x, k: jnp.sum(x.reshape(2, 3), axis=0) * jnp.max(x) + jnp.min(x),
+    "loop": lambda x, k: jax.lax.scan(
+        lambda c, row: (jnp.tanh(c + row), c * row), x[:4], jnp.asarray(TABLE), reverse=True
+    ),
+    "places": lambda x, k: jax.grad(lambda x: jnp.sum(jnp.outer(x, x)[jnp.triu_indices(6)] ** 2))(
+        x
+    ),
+    "tables": lambda x, k: jnp.cumsum(jnp.arange(6.0)) * x + jnp.roll(jnp.arange(6.0), 2),
+    "noise": lambda x, k: x + 0.1 * jr.normal(jr.split(k)[1], (6,)),
+    "unwanted noise": lambda x, k: x + 0.0 * jr.normal(k, (6,)),
+    "noise in a loop": lambda x, k: jax.lax.fori_loop(
+        0, 3, lambda i, x: x + jr.normal(jr.fold_in(k, i), (6,)), x
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_code_computes_what_jax_computes(name):
+    def function(x, key):
+        return jax.tree.leaves(FUNCTIONS[name](x, key))
+
+    inputs, key = [("x", X)], jr.key(3)
+    code = translate(function, shapes(inputs), key=key)
+    expected, drawn = evaluate(function, [X], key=key)
+    assert_close(expected, [np.asarray(leaf) for leaf in function(X, key)])  # the same draws
+    found = run_code(code, inputs, [drawn[place] for place in code.kept])
+    assert_close(
+        [np.asarray(value, np.float32) for value in found], expected, loosen=3, why="another order"
+    )
+    assert len(code.draws) == (name in ("noise",)) + 3 * (name == "noise in a loop")
+
+
+def test_what_is_known_is_not_in_the_code():
+    def function(x, key):
+        return [jnp.linalg.norm(jnp.asarray(TABLE)) * x, x + 1.0][:1]
+
+    code = translate(function, shapes([("x", X)]), key=jr.key(0))
+    assert len(code.lines) == 1 and code.constants == []
+
+
+def test_an_operation_without_a_line_is_refused_by_name():
+    for function, name in (
+        (lambda x, key: [jnp.sort(x)], "`sort`"),
+        (lambda x, key: [jnp.asarray(X).at[jnp.arange(6)].set(x)], "`scatter`"),
+        (lambda x, key: [jr.uniform(key, (6,)) + x], "not standard normal"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            translate(function, shapes([("x", X)]), key=jr.key(0))
+
+
+POLICIES = {
+    "qsm": (qs.QSM(**SMALL), "Pendulum-v1", 0),
+    "qsm official": (qs.QSM(preset="official", **SMALL), "Pendulum-v1", 1),
+    "qsm standardised": (
+        qs.QSM(normalize_observations=True, noise_levels=7, **SMALL),
+        "InvertedPendulum-v5",
+        0,
+    ),
+    "diffusion_ql": (qs.DiffusionQL(**SMALL), "Pendulum-v1", 1),
+    "sac": (qs.SAC(**SMALL), "Pendulum-v1", 0),
+    "td3": (qs.TD3(preset="offline", **SMALL), "Pendulum-v1", 0),
+    "cqsm": (qs.CQSM(**SMALL), "Pendulum-v1", 0),
+    "cqsm features": (
+        qs.CQSM(preset="linear_quadratic", warmup_steps=128, batch_size=64),
+        LQ("lq"),
+        0,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Run folders, made as they are asked for."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def make(name):
+        algorithm, environment, _ = POLICIES[name]
+        if not (folder / name).exists():
+            steps = 12_800 if name == "cqsm features" else 120
+            with fast_compilation():
+                qs.train(
+                    algorithm,
+                    environment,
+                    steps=steps,
+                    seeds=2,
+                    out=folder / name,
+                    eval_episodes=2,
+                    eval_every=steps,
+                    progress=False,
+                )
+        return folder / name
+
+    return make
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", POLICIES)
+def test_an_exported_policy_acts_as_the_original_without_jax(name, trained, tmp_path):
+    folder, draws = trained(name), POLICIES[name][2]
+    measured = qs.export(folder, tmp_path / "policy", seed=1)
+    assert measured["max_difference"] < 1e-5 and measured["latency_milliseconds"] > 0
+    # a deterministic policy, held against the loaded one along an episode's first steps
+    policy = qs.load(folder, seed=1)
+    spec = policy._policy.spec
+    rows = np.random.default_rng(0).normal(size=(20, spec.obs_size)).astype(np.float32)
+    np.save(tmp_path / "rows.npy", rows)
+    script = (
+        "import sys, numpy as np\n"
+        "from policy import DRAWS, Policy\n"
+        "policy = Policy(seed=0)\n"
+        "carry, actions = policy.init_carry(), []\n"
+        "for row in np.load('../rows.npy'):\n"
+        "    action, carry = policy(row, carry)\n"
+        "    actions.append(action)\n"
+        "assert not [name for name in sys.modules if name.split('.')[0] in ('jax', 'qscore')]\n"
+        "np.save('../actions.npy', np.array(actions))\n"
+        "print(len(DRAWS))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path / "policy", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == draws
+    found = np.load(tmp_path / "actions.npy")
+    low, high = policy._low, policy._high
+    assert found.shape == (20, spec.action_size) and (found >= low).all() and (found <= high).all()
+    if not draws:
+        carry = policy.init_carry()
+        for row, action in zip(rows, found, strict=True):
+            expected, carry = policy(row, carry, key=jr.key(0))
+            np.testing.assert_allclose(action, expected, atol=1e-5 * float(np.max(high - low)))
+
+
+@pytest.mark.slow
+def test_the_card_says_what_the_run_was(trained, tmp_path, capsys):
+    folder = trained("sac")
+    cli.main(["export", str(folder), "--to", str(tmp_path / "out"), "--json"])
+    measured = json.loads(capsys.readouterr().out)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("README.md", "policy.py", "policy.npz", "config.json", "evals.jsonl"),
+    }
+    card = (tmp_path / "out" / "README.md").read_text()
+    head = card.split("---\n")[1]
+    assert "library_name: qscore\n" in head and "type: mean_reward" in head
+    summary = qs.Run.open(folder).summary
+    first, second = summary["final_returns"]
+    assert f"value: {first:.2f} +/- " in head
+    assert f"| 0 | {first:.2f} |" in card and f"| 1 | {second:.2f} |" in card
+    assert f"Interquartile mean over seeds: {summary['iqm']:.2f}" in card
+    assert qs.Run.open(folder).command() in card
+    assert f"{measured['latency_milliseconds']:.3f} ms" in card and "It is deterministic." in card
+    # its example is a whole episode
+    (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", example + "\nprint(carry, done)"],
+        cwd=tmp_path / "out", capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "() True"
+    with pytest.raises(qs.UsageError, match="which exists and is not an empty folder"):
+        qs.export(folder, tmp_path / "out")
+    with pytest.raises(qs.UsageError, match="has no seed 9; it has 0, 1"):
+        qs.export(folder, tmp_path / "other", seed=9)
+
+
+@pytest.mark.slow
+def test_a_policy_that_acts_otherwise_is_not_passed_off_as_the_original(
+    trained, tmp_path, monkeypatch
+):
+    folder, export = trained("sac"), sys.modules["qscore.export"]
+    translate = export._translate  # pyright: ignore
+
+    def wrong(*args):
+        code = translate(*args)
+        code.constants[0] = code.constants[0] + 0.1
+        return code
+
+    monkeypatch.setattr(export, "_translate", wrong)
+    with pytest.raises(qs.RunStopped, match="differs from the original by .* do not use it"):
+        qs.export(folder, tmp_path / "out")
+    (folder / "evals.jsonl").rename(folder / "hidden")
+    try:
+        with pytest.raises(qs.UsageError, match="has no evaluation yet"):
+            qs.export(folder, tmp_path / "none")
+    finally:
+        (folder / "hidden").rename(folder / "evals.jsonl")
