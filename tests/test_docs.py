@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import io
 import itertools
 import json
@@ -324,10 +325,12 @@ def test_every_command_exists_with_its_flags(page, flags):
             if "--algorithm.preset" in options:
                 preset = options[options.index("--algorithm.preset") + 1]
                 qs.ALGORITHMS[algorithm](preset=preset)
-    every = set.union(*flags.values())
+    every = set.union(*flags.values(), {"--algorithm.", "--environment."})
+    if page.parent.name == "experiments":
+        every |= {"--quick", "--runs"}  # those of the scripts
     for span in spans(page):
         if page.parent != ROOT and span.startswith("--"):
-            assert span.split()[0].removesuffix("*") in every | {"--algorithm.", "--environment."}
+            assert span.split()[0].removesuffix("*") in every
 
 
 def anchors(page: Path) -> set[str]:
@@ -350,6 +353,49 @@ def test_internal_links_and_paths_resolve(page):
     for span in spans(page):
         if re.match(r"(src|tests|docs)/", span) and "<" not in span:
             assert (ROOT / span).exists(), span
+
+
+RESULTS = sorted((ROOT / "experiments" / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_table_of_an_experiment_is_its_results(path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    module = importlib.import_module(path.stem)
+    results = json.loads(path.read_text())
+    assert not results["quick"] and "dirty" not in results["commit"]
+    (kept,) = results.keys() & {"algorithms", "variants", "tasks"}
+    page = (DOCS / "experiments" / f"{path.stem}.md").read_text()
+    assert module.table(results[kept]) in page
+    assert f"../assets/{path.stem}.png" in page
+
+
+def test_the_tables_of_the_readme_are_the_committed_results():
+    readme = ROOT / "README.md"
+    rows = list(table(readme, "seeds", "interquartile mean"))
+    for row, name in zip(rows, ("pendulum", "pendulum-seeds-3-7"), strict=True):
+        summary = json.loads((ROOT / "benchmarks" / "results" / name / "summary.json").read_text())
+        assert row["seeds"] == ", ".join(map(str, summary["seeds"]))
+        returns = ", ".join(f"{value:.1f}" for value in summary["final_returns"])
+        assert row["return of each seed"] == returns
+        assert row["interquartile mean"] == f"{summary['iqm']:.1f}"
+        low, high = summary["ci95"]
+        assert row["95% bootstrap interval over seeds"] == f"{low:.1f} to {high:.1f}"
+    cheetah = qs.Run.open(ROOT / "benchmarks" / "results" / "halfcheetah").rows("evals")
+    for row in table(readme, "environment steps", "return of each seed (0, 1, 2)"):
+        step = int(row["environment steps"].split()[0].replace(",", ""))
+        returns = [np.mean(cheetah[seed][step]["returns"]) for seed in (0, 1, 2)]
+        expected = ", ".join(f"{value:.1f}" for value in returns)
+        assert row["return of each seed (0, 1, 2)"] == expected
+
+
+def test_the_table_of_many_seeds_is_the_committed_result():
+    results = json.loads((ROOT / "benchmarks" / "results" / "seeds.json").read_text())["seeds"]
+    rows = list(table(DOCS / "speed.md", "seeds", "process, s"))
+    assert [row["seeds"] for row in rows] == list(results)
+    for row, each in zip(rows, results.values(), strict=True):
+        for name, column in (("process", "process, s"), ("training", "training alone, s")):
+            assert float(row[column]) == each[name]["seconds"]
 
 
 def test_the_version_is_the_same_everywhere():
