@@ -333,6 +333,41 @@ def test_every_command_exists_with_its_flags(page, flags):
             assert span.split()[0].removesuffix("*") in every
 
 
+LESS = {
+    **{"--steps": "100", "--eval-episodes": "1", "--algorithm.batch-size": "8"},
+    **{"--algorithm.warmup-steps": "50"},
+}
+
+
+def less(command: str, rest: list[str]) -> list[str]:
+    """A command with small networks and few steps."""
+    if command == "resume" and "--steps" in rest:
+        return [word.replace("30000", "200") for word in rest]
+    if command != "train" or "--help" in rest:
+        return rest
+    for flag, value in LESS.items():
+        if flag in rest:
+            rest[rest.index(flag) + 1] = value
+        else:
+            rest += [flag, value]
+    return [*rest, "--algorithm.hidden", "8", "8"]
+
+
+@pytest.mark.slow
+def test_the_commands_of_five_minutes_work_in_their_order(tmp_path, capsys):
+    with contextlib.chdir(tmp_path), fast_compilation():
+        for complete, (command, *rest) in commands(DOCS / "start.md"):
+            if complete:
+                try:
+                    cli.main([command, *less(command, rest)])
+                except SystemExit as done:  # --help
+                    assert done.code == 0, (command, rest, capsys.readouterr().err)
+        made = {str(path) for path in Path().glob("**/*") if path.is_file()}
+    assert {"returns.png", "report.html", "runs/pendulum/policy.mp4"} <= made
+    assert {"runs/pendulum/summary.json", "runs/sac/summary.json"} <= made
+    assert {"policies/pendulum/policy.py", "policies/pendulum/README.md"} <= made
+
+
 def anchors(page: Path) -> set[str]:
     """The ids that the headings of a page get."""
     headings = re.findall(r"^#+ +(.*?) *$", prose(page), re.MULTILINE)

@@ -15,6 +15,7 @@ from helpers import assert_close, fast_compilation
 import qscore as qs
 from qscore import cli
 from qscore.environments import LQ
+from qscore.folder import Run
 from qscore.numpy_code import evaluate, translate
 
 SMALL = {"hidden": (8, 8), "batch_size": 8, "warmup_steps": 60}
@@ -192,9 +193,9 @@ def test_the_card_says_what_the_run_was(trained, tmp_path, capsys):
     assert "library_name: qscore\n" in head and "type: mean_reward" in head
     summary = qs.Run.open(folder).summary
     first, second = summary["final_returns"]
-    assert f"value: {first:.2f} +/- " in head
-    assert f"| 0 | {first:.2f} |" in card and f"| 1 | {second:.2f} |" in card
-    assert f"Interquartile mean over seeds: {summary['iqm']:.2f}" in card
+    assert f"value: {first:.5g} +/- " in head
+    assert f"| 0 | {first:.5g} |" in card and f"| 1 | {second:.5g} |" in card
+    assert f"Interquartile mean over seeds: {summary['iqm']:.5g}" in card
     assert qs.Run.open(folder).command() in card
     assert f"{measured['latency_milliseconds']:.3f} ms" in card and "It is deterministic." in card
     # its example is a whole episode
@@ -209,6 +210,41 @@ def test_the_card_says_what_the_run_was(trained, tmp_path, capsys):
         qs.export(folder, tmp_path / "out")
     with pytest.raises(qs.UsageError, match="has no seed 9; it has 0, 1"):
         qs.export(folder, tmp_path / "other", seed=9)
+
+
+EXAMPLES = {
+    "Swimmer-v5": (qs.Host("Swimmer-v5", max_episode_steps=7), "max_episode_steps=7"),
+    "dm_control/pendulum-swingup-v0": (
+        qs.Host("dm_control/pendulum-swingup-v0", max_episode_steps=5),
+        "gym.register_envs(shimmy)",
+    ),
+    "another step": (qs.Host("InvertedPendulum-v5", dt=0.08), "InvertedPendulum-v5, dt=0.08"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_example_of_a_card_is_of_the_task_that_was_trained_on(name, tmp_path):
+    environment, part = EXAMPLES[name]
+    if name.startswith("dm_control"):
+        pytest.importorskip("shimmy", reason="the extra `dmc` is not installed")
+    run = Run(tmp_path, qs.TD3(), environment, qs.Settings(), {})
+    task = environment.open()
+    (tmp_path / "policy.py").write_text(
+        "import numpy as np\n"
+        "class Policy:\n"
+        "    init_carry = tuple\n"
+        "    def __call__(self, observation, carry):\n"
+        f"        assert np.shape(observation) == ({task.spec.obs_size},)\n"
+        f"        return np.zeros({task.spec.action_size}), carry\n"
+    )
+    task.close()
+    example = sys.modules["qscore.export"]._example(run, task.spec.obs_size)  # pyright: ignore
+    assert part in example
+    done = subprocess.run(
+        [sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
@@ -226,9 +262,10 @@ def test_a_policy_that_acts_otherwise_is_not_passed_off_as_the_original(
     monkeypatch.setattr(export, "_translate", wrong)
     with pytest.raises(qs.RunStopped, match="differs from the original by .* do not use it"):
         qs.export(folder, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
     (folder / "evals.jsonl").rename(folder / "hidden")
     try:
-        with pytest.raises(qs.UsageError, match="has no evaluation yet"):
+        with pytest.raises(qs.UsageError, match="no evaluation of seed 0 at .* 120 steps"):
             qs.export(folder, tmp_path / "none")
     finally:
         (folder / "hidden").rename(folder / "evals.jsonl")

@@ -3,8 +3,10 @@
 import base64
 import dataclasses
 import gc
+import importlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -24,6 +26,8 @@ from qscore.errors import UsageError
 from qscore.folder import Run, Settings, installed_versions
 from qscore.panel import arrange, read_panel
 from qscore.report import report
+
+report_module = importlib.import_module("qscore.report")
 
 pytest.importorskip("rliable", reason="the extra `stats` is not installed")
 
@@ -78,7 +82,7 @@ def test_seeds_of_one_method_belong_together_whichever_folders_they_lie_in(tmp_p
     curve = qsm.curve("env_steps")
     assert curve.x == [100, 200, 300, 400] and curve.middle == [102, 202, 302, 402]
     assert curve.low[0] < 102 < curve.high[0] and qsm.curve("seconds").x == [2, 4, 6, 8]
-    assert panel.notes == ["Pendulum-v1: unlike numbers of seeds (qsm 5, sac 3)."]
+    assert panel.notes == ["Pendulum-v1: unlike numbers of seeds (qsm: 5; sac: 3)."]
 
 
 def test_labels_say_what_distinguishes_methods_and_tasks(tmp_path):
@@ -133,15 +137,49 @@ def test_unlike_lengths_are_compared_where_all_have_been_and_said(tmp_path):
     panel = read_panel(folders)
     assert panel.tasks[0].final_step == 200
     assert panel.notes[0] == f"{folders[1]} has not finished: 200 of 400 steps."
-    assert "compared after 200 steps, which all have done (sac 300, qsm 200)" in panel.notes[1]
+    assert panel.notes[1].startswith("Pendulum-v1: compared after 200 steps, which all were")
+    assert f"({folders[0]} 300; {folders[1]} 200)" in panel.notes[1]
+    assert "tables take those that all have, 2 of them" in panel.notes[2]
     assert any(re.search(r"unlike versions, jax \(0\.0\.1, ", note) for note in panel.notes)
     assert any("unlike versions, cores (64, " in note for note in panel.notes)
 
 
-def broken(folder: Path) -> list[Path]:
-    with open(folder / "evals.jsonl", "a") as file:
-        file.write('{"seed": 0}\n')
+def broken(folder: Path, line: str) -> list[Path]:
+    with open(folder / "evals.jsonl", "ab") as file:
+        file.write(line.encode("latin-1") + b"\n")
     return [folder]
+
+
+def test_a_seed_that_lags_and_a_part_that_is_longer_are_said(tmp_path):
+    first, longer = write_run(tmp_path / "a"), write_run(tmp_path / "b", steps=800, seed_start=3)
+    lines = (first / "evals.jsonl").read_text().splitlines(keepends=True)
+    (first / "evals.jsonl").write_text("".join(lines[:-1]))  # killed between two lines
+    panel = read_panel([first, longer])
+    assert panel.tasks[0].final_step == 300
+    assert panel.notes[0] == f"{first} has not finished: 300 of 400 steps."
+    assert f"({first} 300; {longer} 800)" in panel.notes[1]
+
+
+def test_offline_runs_are_tasks_of_their_own_and_count_gradient_steps(tmp_path):
+    data = str(tmp_path / "a|b.npz")
+    folders = [
+        write_run(tmp_path / "online", qs.TD3()),
+        write_run(tmp_path / "offline", qs.TD3(), dataset=data),
+        write_run(tmp_path / "both", qs.TD3(), dataset=data, steps=300, online_steps=100),
+        write_run(tmp_path / "more", qs.TD3(), dataset=data, steps=200, online_steps=200),
+    ]
+    panel = read_panel(folders)
+    assert [task.counted for task in panel.tasks] == [
+        "environment steps",
+        "gradient steps",
+        *["gradient, then environment steps"] * 2,
+    ]
+    report(folders, tmp_path / "r e (1).md", films=False)
+    text = (tmp_path / "r e (1).md").read_text()
+    assert "## Pendulum-v1, dataset=a|b.npz" in text
+    assert "(r%20e%20%281%29_files/000.png)" in text
+    report_module._write_markdown("t", [report_module.Table(["a"], [["x|y"]])], tmp_path / "t.md")
+    assert "| x\\|y |" in (tmp_path / "t.md").read_text()
 
 
 REFUSED = {
@@ -159,10 +197,23 @@ REFUSED = {
     ),
     "empty": (lambda t: [write_run(t / "a", every=500)], "a has no evaluation yet"),
     "none": (lambda t: [], "no run folder was given"),
-    "broken": (
-        lambda t: broken(write_run(t / "a")),
-        "evals.jsonl, line 13, is not a line of a run: KeyError: 'env_steps'",
-    ),
+    "given twice": (lambda t: [write_run(t / "a"), t / "." / "a"], "a was given twice"),
+    **{
+        f"line {line}": (
+            lambda t, line=line: broken(write_run(t / "a"), line),
+            f"evals.jsonl, line 13, is not a line of a run: {message}",
+        )
+        for line, message in {
+            '{"seed": 0}': "KeyError: 'env_steps'",
+            '{"seed": 0, "env_steps": 500, "seconds": 1}': "KeyError: 'returns'",
+            '{"seed": 0, "env_steps": 500, "returns": [1]}': "KeyError: 'seconds'",
+            '{"seed": 0, "env_steps": 500, "seconds": 1, "returns": []}': "ValueError: returns",
+            '{"seed": 0, "env_steps": 500, "seconds": 1, "returns": [NaN]}': "ValueError: returns",
+            '{"seed": 0, "env_steps": 500, "seconds": 1, "returns": [null]}': "TypeError",
+            '{"seed": 9, "env_steps": 500, "seconds": 1, "returns": [1]}': "ValueError: seed 9",
+            "\xff": "UnicodeDecodeError",
+        }.items()
+    },
 }
 
 
@@ -192,6 +243,17 @@ RUNS = {
 }
 
 
+RUNS["lq"] = (
+    qs.CQSM(preset="linear_quadratic"),
+    LQ(
+        "lq",
+        problem='{"A": [[0.1]], "B": [[1.0]], "M": [[1.0, 0.0], [0.0, 1.0]], "score_cost": 1.0, '
+        '"sigma_a": 0.5, "discount_rate": 1.0}',
+    ),
+    {},
+)
+
+
 @pytest.mark.parametrize("case", RUNS)
 def test_the_command_of_a_run_repeats_it(tmp_path, monkeypatch, case):
     algorithm, environment, settings = RUNS[case]
@@ -201,7 +263,7 @@ def test_the_command_of_a_run_repeats_it(tmp_path, monkeypatch, case):
     monkeypatch.setattr(
         cli.run, "train", lambda *args, **kwargs: asked.update(args=args, kwargs=kwargs)
     )
-    words = run.command().split()
+    words = shlex.split(run.command())
     assert words[0] == "qscore"
     cli.main(words[1:])
     assert asked["args"] == (algorithm, environment)
@@ -212,9 +274,9 @@ def test_the_command_of_a_run_repeats_it(tmp_path, monkeypatch, case):
 
 
 def test_figures_over_tasks_are_those_of_every_seed_together():
-    scores = [[0.0, 1.0, 2.0, 3.0], [10.0, 11.0]]  # six values: one is cut at either end
+    scores = [[0.0, 1.0, 2.0, 3.0], [10.0, 11.0]]  # the second task's count twice
     middle, (low, high) = statistics.aggregate(scores)
-    assert_close(middle, np.mean([1.0, 2.0, 3.0, 10.0]))
+    assert_close(middle, np.mean([2.0, 3.0, 10.0, 10.0]))
     assert low < middle < high
     # a seed is only drawn in its own task: the second task never falls below 10
     assert statistics.aggregate([[5.0] * 3, [10.0] * 3]) == (7.5, (7.5, 7.5))
@@ -238,16 +300,46 @@ def test_probability_of_improvement_counts_pairs_ties_as_half_and_tasks_alike():
     assert 0.0 <= low <= probability <= high <= 0.5
 
 
+def test_tasks_count_alike_whatever_their_numbers_of_seeds():
+    # two methods that do the same on both tasks, with seeds where the other has few
+    one = statistics.aggregate([[100.0] * 8, [50.0] * 2])
+    other = statistics.aggregate([[100.0] * 2, [50.0] * 8])
+    assert one == other == (75.0, (75.0, 75.0))
+
+
 def test_chance_knows_how_little_few_seeds_can_say():
     low, high = [1.0, 2.0, 3.0], [4.0, 5.0, 6.0]
-    assert_close(statistics.chance([high], [low]), 2 / 20)  # one of 20 orders, either way round
-    assert statistics.chance([[1.0]], [[2.0]]) == 1.0
-    assert statistics.chance([low], [high]) == statistics.chance([high], [low])
+    assert statistics.chance([high], [low]) == pytest.approx(2 / 20, abs=0.01)  # one of 20 orders
+    assert statistics.chance([[7.0] * 3], [[0.0] * 3]) == pytest.approx(2 / 20, abs=0.01)  # ties
+    assert statistics.chance([[4.0] * 4], [[0.0] * 4]) == pytest.approx(2 / 70, abs=0.01)
+    assert statistics.chance([[2.0]], [[1.0]]) == pytest.approx(1.0, abs=0.02)
+    assert statistics.chance([low], [low]) == 1.0
+    # the direction counts: what is behind is not clearly ahead
+    assert statistics.chance([low], [high]) == 1.0
     several = statistics.chance([high, high, high], [low, low, low])
-    assert several < 0.05 < statistics.chance([high, low], [low, high])
+    assert several < 0.01 < 0.05 < statistics.chance([high, low], [low, high])
     # equal methods: no more than the share of mistakes that it promises
-    draws = np.random.default_rng(0).normal(size=(400, 2, 2, 5)).tolist()
+    draws = np.random.default_rng(0).normal(size=(200, 2, 2, 5)).tolist()
     assert np.mean([statistics.chance(one, other) < 0.05 for one, other in draws]) <= 0.07
+
+
+def test_the_verdict_is_not_sure_of_one_that_mostly_does_worse(tmp_path):
+    # far ahead on one task, a little behind on two: the mean is higher, but a seed is mostly worse
+    folders = []
+    for task, ours, theirs in (
+        ("Pendulum-v1", 1e4, 0.0),
+        ("Hopper-v5", 900.0, 1000.0),
+        ("Swimmer-v5", 900.0, 1000.0),
+    ):
+        host = qs.Host(task)
+        folders += [
+            write_run(tmp_path / f"a{task}", qs.TD3(), host, level=ours, seeds=4, every=400),
+            write_run(tmp_path / f"b{task}", qs.SAC(), host, level=theirs, seeds=4, every=400),
+        ]
+    report(folders, tmp_path / "r.html", films=False)
+    text = (tmp_path / "r.html").read_text()
+    said = re.search(r'class="verdict">(.*?)</p>', text)
+    assert said and "That is clear" not in said[1]
 
 
 # -- the page --------------------------------------------------------------------------------------
@@ -349,7 +441,7 @@ def test_the_page_says_which_is_better_by_how_much_and_how_sure(page):
     assert "600 to 602" in cells and "0: 600, 1: 601, 2: 602" in cells
     for run in ("qsm", "sac", "td3"):
         assert f"<code>qscore train {run} Pendulum-v1 --steps 400" in text
-    assert "Pendulum-v1: unlike numbers of seeds (qsm 3, sac 4, td3 1)." in text
+    assert "Pendulum-v1: unlike numbers of seeds (qsm: 3; sac: 4; td3: 1)." in text
     assert "InvertedPendulum-v5: not run with td3." in text
 
 
@@ -419,6 +511,9 @@ def test_one_seed_of_one_method_has_no_interval_and_no_rival(tmp_path):
 
 def test_figures_of_the_closed_form_are_in_the_report(tmp_path):
     folder = write_run(tmp_path / "run", qs.CQSM(preset="linear_quadratic"), LQ("lq"), seeds=2)
+    (folder / "summary.json").write_text("{")
+    with pytest.raises(UsageError, match="summary.json is not valid JSON"):
+        report([folder], tmp_path / "r.html", films=False)
     errors = {"relative_error": {"q": [0.01, 0.02]}, "return_gap": [0.5, None]}
     (folder / "summary.json").write_text(json.dumps({"lq": errors}))
     report([folder], tmp_path / "r.html", films=False)
@@ -430,6 +525,9 @@ def test_bad_requests_for_a_report_are_refused(tmp_path, monkeypatch):
     folder = write_run(tmp_path / "run")
     with pytest.raises(UsageError, match=r"must end in .html or .md, got 'report.pdf'"):
         report([folder], Path("report.pdf"))
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(UsageError, match=r"`out` is .*folder.html, which is a folder"):
+        report([folder], tmp_path / "folder.html")
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot write the report"):
         report([folder], tmp_path / "file" / "report.html", films=False)
@@ -447,7 +545,7 @@ def test_the_commands_draw_and_say_what_is_unlike(tmp_path, capsys):
         cli.main([command, *map(str, folders), "--out", str(tmp_path / name), *options])
         out, err = capsys.readouterr()
         assert out == f"{tmp_path / name}\n"
-        assert err == "note: Pendulum-v1: unlike numbers of seeds (qsm 3, sac 1).\n"
+        assert err == "note: Pendulum-v1: unlike numbers of seeds (qsm: 3; sac: 1).\n"
         assert (tmp_path / name).stat().st_size > 0
 
 

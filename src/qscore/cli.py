@@ -275,7 +275,10 @@ def _inline_problem(args: list[str]) -> list[str]:
         name, equals, value = arg.partition("=")
         if name == flag and (equals or i + 1 < len(args)):
             place = i if equals else i + 1
-            path = Path(value if equals else args[place])
+            given = value if equals else args[place]
+            if given.lstrip().startswith("{"):
+                continue  # the text itself, as a run's own command has it
+            path = Path(given)
             try:
                 text = json.dumps(json.loads(path.read_text()))
                 lq.Problem.from_json(text)
@@ -422,6 +425,8 @@ def _read(path: Path, parse: Callable[[str], T]) -> T:
 
 
 def _plot(asked: Plot) -> None:
+    if not asked.out.suffix:
+        raise UsageError(f"`out` must end in a kind of picture, such as .png; got {asked.out}.")
     panel = read_panel(asked.run)
     for note in panel.notes:
         print(f"note: {note}", file=sys.stderr)

@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from qscore.algorithms import algorithm_name
 from qscore.environments import ENVIRONMENTS
 from qscore.environments.base import Episodic, Step
 from qscore.errors import RunStopped, UsageError
-from qscore.folder import Run, as_usage_error, environment_name
+from qscore.folder import Run, as_usage_error, environment_name, non_defaults
 from qscore.numpy_code import Code, evaluate, translate
+from qscore.panel import TRAINING_FIELDS
 from qscore.playback import load_agents
 from qscore.statistics import summarize
 from qscore.train_host import Observer, evaluation_policy
@@ -91,7 +93,7 @@ def act({arguments}, draws, c):
 
 EPISODE = """import gymnasium as gym
 from policy import Policy
-
+{before}
 env = {make}
 policy = Policy()
 obs, _ = env.reset(seed=0)
@@ -125,7 +127,7 @@ model-index:
       type: {environment}
     metrics:
     - type: mean_reward
-      value: {mean:.2f} +/- {spread:.2f}
+      value: {mean:.5g} +/- {spread:.3g}
       name: mean_reward
       verified: false
 ---
@@ -140,18 +142,18 @@ A policy trained by [qscore](https://pypi.org/project/qscore/). It needs NumPy a
 
 ## Figures
 
-Undiscounted returns of the last evaluation, after {steps:,} steps, {episodes} episodes per seed,
+Undiscounted returns of the evaluation episodes after {steps:,} {counted}; {episodes} per seed,
 without exploration. This policy is of seed {seed}.
 
 | seed | mean return | standard deviation over episodes |
 |---|---|---|
 {rows}
 
-Interquartile mean over {over}: {iqm:.2f}, 95% bootstrap interval {low:.2f} to {high:.2f}.
+Interquartile mean over {over}: {iqm:.5g}, 95% bootstrap interval {low:.5g} to {high:.5g}.
 {finished}
 At {checked} observations of an episode, actions of `policy.py` differ from the original's by at
 most {difference:.1e} half action ranges, given the same noise. {deterministic}
-An action takes {latency:.3f} ms (median of {timed} calls, one {machine} core).
+An action takes {latency:.3f} ms (median of {timed} calls, {machine}).
 
 ## How it was trained
 
@@ -163,8 +165,7 @@ Versions: {versions}. All settings are in `config.json`, all evaluations in `eva
 
 ## Limits
 
-It was trained and evaluated in simulation, on this environment with the settings above. How it does
-elsewhere has not been measured.
+It was trained {learned}. How it does elsewhere has not been measured.
 """
 
 
@@ -180,31 +181,55 @@ def export(
     """
     run, target = Run.open(folder), Path(to)
     seed = run.settings.seed_start if seed is None else seed
-    rows = run.rows("evals")
-    if not rows:
-        raise UsageError(f"{run.folder} has no evaluation yet; there is nothing to report.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"`to` is {target}, which exists and is not an empty folder.")
     task = as_usage_error(run.environment.open)
     try:
-        agent = load_agents(run, task.spec, [seed])[seed]
-        carry = jax.tree.leaves(run.algorithm.init_carry(task.spec))
+        steps, agents = load_agents(run, task.spec, [seed])
+        returns = {
+            s: rows[steps]["returns"]
+            for s, rows in sorted(run.rows("evals").items())
+            if steps in rows
+        }
+        if seed not in returns:
+            raise UsageError(
+                f"{run.folder} has no evaluation of seed {seed} at its newest intact checkpoint, "
+                f"{steps} steps; `qscore resume` it to the next one."
+            )
+        agent, carry = agents[seed], jax.tree.leaves(run.algorithm.init_carry(task.spec))
         function = _flat(run, task, agent)
         code = as_usage_error(lambda: _translate(function, task.spec.obs_size, carry))
-        title = f"{algorithm_name(run.algorithm)} on {environment_name(run.environment)}"
         try:
-            target.mkdir(parents=True, exist_ok=True)
-            _write_policy(target, title, code, carry, task)
-            measured = _check(target, run, task, agent, function, carry, code)
-            shutil.copyfile(run.folder / "config.json", target / "config.json")
-            shutil.copyfile(run.folder / "evals.jsonl", target / "evals.jsonl")
-            card = _card(run, seed, title, code, measured, task.spec.obs_size)
-            (target / "README.md").write_text(card)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+                made = Path(scratch) / "made"
+                made.mkdir()
+                _write_policy(made, _title(run), code, carry, task)
+                measured = _check(made, run, task, agent, function, carry, code)
+                for name in ("config.json", "evals.jsonl"):
+                    shutil.copyfile(run.folder / name, made / name)
+                card = _card(run, seed, steps, returns, code, measured, task.spec.obs_size)
+                (made / "README.md").write_text(card, encoding="utf-8")
+                if target.exists():
+                    target.rmdir()
+                made.rename(target)
         except OSError as error:
             raise UsageError(f"cannot write to `to`, {target}: {error}.") from error
     finally:
         task.close()
     return measured
+
+
+def _title(run: Run) -> str:
+    """The algorithm and the task, with what of the task is not its default."""
+    changed = {k: v for k, v in non_defaults(run.environment).items() if k not in TRAINING_FIELDS}
+    said = "".join(f", {name}={_short(value)}" for name, value in changed.items())
+    return f"{algorithm_name(run.algorithm)} on {environment_name(run.environment)}{said}"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 30 else text[:27] + "..."
 
 
 def _flat(run: Run, task: Episodic, agent: Any) -> Any:
@@ -244,7 +269,7 @@ def _write_policy(target: Path, title: str, code: Code, carry: list[Any], task: 
         body="\n".join(f"    {line}" for line in code.lines),
         outputs=", ".join(code.outputs) + ("," if len(code.outputs) == 1 else ""),
     )
-    (target / "policy.py").write_text(text)
+    (target / "policy.py").write_text(text, encoding="utf-8")
 
 
 class _Observations(Observer):
@@ -298,47 +323,59 @@ def _check(
 
 
 def _example(run: Run, obs_size: int) -> str:
-    """How the policy is used in its environment; in one of our own, for one step."""
+    """How the policy is used in its environment; where Gymnasium has none like it, for one step."""
     environment = environment_name(run.environment)
-    if environment in ENVIRONMENTS:
-        return ACTION.format(obs_size=obs_size, environment=environment)
-    make = f'gym.make("{environment}")'
-    if environment.startswith("dm_control/"):  # observations are dictionaries
-        make = f"gym.wrappers.FlattenObservation({make})  # needs shimmy and dm-control"
-    return EPISODE.format(make=make)
+    changed = non_defaults(run.environment).keys() - set(TRAINING_FIELDS)
+    if environment in ENVIRONMENTS or changed - {"max_episode_steps"}:
+        return ACTION.format(obs_size=obs_size, environment=_title(run).partition(" on ")[2])
+    limit = getattr(run.environment, "max_episode_steps", None)
+    make = f'gym.make("{environment}"{f", max_episode_steps={limit}" if limit else ""})'
+    before = ""
+    if environment.startswith("dm_control/"):  # its observations are dictionaries
+        before = "import shimmy\n\ngym.register_envs(shimmy)\n"
+        make = f"gym.wrappers.FlattenObservation({make})"
+    return EPISODE.format(before=before, make=make)
 
 
 def _card(
-    run: Run, seed: int, title: str, code: Code, measured: dict[str, Any], obs_size: int
+    run: Run,
+    seed: int,
+    steps: int,
+    returns: dict[int, list[float]],
+    code: Code,
+    measured: dict[str, Any],
+    obs_size: int,
 ) -> str:
-    rows = run.rows("evals")
-    steps = max(set.intersection(*(set(each) for each in rows.values())))
-    returns = {s: each[steps]["returns"] for s, each in sorted(rows.items())}
     figures: Any = summarize(list(returns.values()))
     environment = environment_name(run.environment)
-    finished = steps == run.settings.total_steps
+    total, dataset = run.settings.total_steps, run.settings.dataset
+    learned = "in simulation, in this environment with the settings above"
+    if dataset is not None:
+        learned = f"on recorded data (`{Path(dataset).name}`)"
+        if run.settings.online_steps:
+            learned += f", then for {run.settings.online_steps:,} steps in the environment"
+        learned += ", and evaluated in simulation"
     return CARD.format(
         algorithm=algorithm_name(run.algorithm),
         environment=environment,
         slug=environment.replace("/", "-"),
-        title=title,
+        title=_title(run),
         mean=np.mean(returns[seed]),
         spread=np.std(returns[seed]),
         example=_example(run, obs_size),
         steps=steps,
+        counted="steps" if dataset is None else "steps, those on data included",
         episodes=len(returns[seed]),
         seed=seed,
         rows="\n".join(
-            f"| {s} | {np.mean(values):.2f} | {np.std(values):.2f} |"
+            f"| {s} | {np.mean(values):.5g} | {np.std(values):.3g} |"
             for s, values in returns.items()
         ),
         over=figures["ci95_over"],
         iqm=figures["iqm"],
         low=figures["ci95"][0],
         high=figures["ci95"][1],
-        finished=""
-        if finished
-        else f"The run is not finished: {steps:,} of {run.settings.total_steps:,} steps.\n",
+        finished="" if steps == total else f"The run is not finished: {steps:,} of {total:,}.\n",
         checked=measured["observations"],
         difference=measured["max_difference"],
         deterministic="It is deterministic."
@@ -347,6 +384,7 @@ def _card(
         latency=measured["latency_milliseconds"],
         timed=TIMED,
         machine=platform.machine(),
+        learned=learned,
         command=run.command(),
         versions=", ".join(f"{name} {version}" for name, version in run.versions.items()),
     )

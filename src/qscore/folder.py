@@ -5,6 +5,7 @@ config.json  metrics.jsonl  evals.jsonl  summary.json  checkpoints/  plots/  ten
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import shlex
@@ -98,7 +99,7 @@ class Run:
             config = json.loads((path / "config.json").read_text())
         except FileNotFoundError:
             raise UsageError(f"{path} is not a run folder: it has no config.json.") from None
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise UsageError(f"{path / 'config.json'} is not valid JSON: {error}.") from error
         try:
             algorithm, environment = dict(config["algorithm"]), dict(config["environment"])
@@ -107,7 +108,7 @@ class Run:
                 ALGORITHMS[algorithm.pop("name")](**_tuples(algorithm)),
                 environment_class(environment.pop("name"))(**_tuples(environment)),
                 Settings(**config["settings"]),
-                config["versions"],
+                dict(config["versions"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(
@@ -125,7 +126,10 @@ class Run:
         path = self.folder / "summary.json"
         if not path.is_file():
             raise UsageError(f"{self.folder} has no summary.json: the run has not finished.")
-        return json.loads(path.read_text())
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise UsageError(f"{path} is not valid JSON: {error}.") from error
 
     def rows(self, stream: Literal["evals", "metrics"]) -> Rows:
         """The lines of evals.jsonl or metrics.jsonl so far; of a line half written, nothing.
@@ -134,13 +138,20 @@ class Run:
         """
         path = self.folder / f"{stream}.jsonl"
         rows: Rows = defaultdict(dict)
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
         for number, line in enumerate(lines, start=1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 break
             try:
                 row = json.loads(line)
-                rows[row["seed"]][row["env_steps"]] = row
+                seed, step, _ = int(row["seed"]), int(row["env_steps"]), float(row["seconds"])
+                if seed not in self.settings.seed_list:
+                    raise ValueError(f"seed {seed} is none of the run's")
+                if stream == "evals" and not (
+                    row["returns"] and all(math.isfinite(value) for value in row["returns"])
+                ):
+                    raise ValueError(f"returns {row['returns']} are not numbers")
+                rows[seed][step] = row
             except (KeyError, TypeError, ValueError) as error:
                 raise UsageError(
                     f"{path}, line {number}, is not a line of a run: "

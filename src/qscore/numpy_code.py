@@ -69,7 +69,10 @@ class Code:
             return value.name
         array = np.asarray(value)
         if array.ndim == 0:
-            return repr(array.item())
+            number = array.item()
+            if not np.isfinite(number):
+                return f"float('{number}')"
+            return f"({number!r})" if number < 0 else repr(number)
         for index, known in enumerate(self.constants):
             if known.dtype == array.dtype and np.array_equal(known, array):
                 return f"c[{index}]"

@@ -86,11 +86,18 @@ class Method:
 
 @dataclass(frozen=True)
 class Task:
-    """The methods that were run on one task, and the last step at which all can be compared."""
+    """The methods that were run on one task, and the steps at which all can be compared."""
 
     name: str
     methods: list[Method]
-    final_step: int
+    steps: list[int]
+    counted: str
+    """What steps are: `environment steps`, `gradient steps`, or the one and then the other."""
+
+    @property
+    def final_step(self) -> int:
+        """The last step that every seed of every method was evaluated at."""
+        return self.steps[-1]
 
 
 @dataclass(frozen=True)
@@ -151,7 +158,9 @@ def _task_settings(run: Run) -> dict[str, Any]:
     settings = {name: value for name, value in fields.items() if name not in TRAINING_FIELDS}
     if run.settings.dataset is not None:
         settings["dataset"] = run.settings.dataset
-        settings["online_steps"] = run.settings.online_steps
+        if run.settings.online_steps:
+            settings |= {"offline_steps": run.settings.steps}
+            settings |= {"online_steps": run.settings.online_steps}
     return settings
 
 
@@ -195,6 +204,9 @@ def _seeds(label: str, runs: Iterable[Run]) -> dict[int, Seed]:
     """Every seed of the runs of a method on a task, in order."""
     seeds: dict[int, Seed] = {}
     for run in runs:
+        for other in {seed.run.folder for seed in seeds.values()}:
+            if run.folder.resolve() == other.resolve():
+                raise UsageError(f"{run.folder} was given twice.")
         evals, metrics = run.rows("evals"), run.rows("metrics")
         if not evals:
             raise UsageError(f"{run.folder} has no evaluation yet; there is nothing to show.")
@@ -224,7 +236,11 @@ def _task(place: str, methods: list[Method]) -> Task:
             f"the runs on {place} were never evaluated after equally many steps ({folders}); "
             "compare runs whose `eval_every` have a common multiple."
         )
-    return Task(place, methods, max(common))
+    offline, online = runs[0].settings.dataset is not None, runs[0].settings.online_steps > 0
+    counted = "gradient steps" if offline else "environment steps"
+    if online:
+        counted = "gradient, then environment steps"
+    return Task(place, methods, sorted(common), counted)
 
 
 def _notes(tasks: list[Task]) -> list[str]:
@@ -232,41 +248,50 @@ def _notes(tasks: list[Task]) -> list[str]:
     notes = []
     for task in tasks:
         runs = [run for method in task.methods for run in method.runs]
+        reached: dict[str, int] = {}
         for method in task.methods:
             for run in method.runs:
-                if missing := sorted(set(run.settings.seed_list) - set(method.seeds)):
+                own = {s: seed for s, seed in method.seeds.items() if seed.run == run}
+                if missing := sorted(set(run.settings.seed_list) - set(own)):
                     said = ", ".join(map(str, missing))
                     notes.append(f"{run.folder}: no evaluation yet of seeds {said}.")
-                done = max(max(seed.evals) for seed in method.seeds.values() if seed.run == run)
+                reached[str(run.folder)] = done = min(max(seed.evals) for seed in own.values())
                 if done < run.settings.total_steps:
                     notes.append(
                         f"{run.folder} has not finished: {done:,} of {run.settings.total_steps:,} "
                         "steps."
                     )
-        reached = {method.name: max(method.steps) for method in task.methods}
-        if len(set(reached.values())) > 1:
-            said = ", ".join(f"{name} {step:,}" for name, step in reached.items())
+        if max(reached.values()) > task.final_step:
+            said = "; ".join(f"{folder} {step:,}" for folder, step in reached.items())
             notes.append(
-                f"{task.name}: compared after {task.final_step:,} steps, which all have done "
-                f"({said})."
+                f"{task.name}: compared after {task.final_step:,} steps, which all were evaluated "
+                f"at ({said})."
+            )
+        if any(
+            set(seed.evals) - set(task.steps) for m in task.methods for seed in m.seeds.values()
+        ):
+            notes.append(
+                f"{task.name}: not all were evaluated at the same steps; tables take those that "
+                f"all have, {len(task.steps)} of them."
             )
         counts = {method.name: len(method.seeds) for method in task.methods}
         if len(set(counts.values())) > 1:
-            said = ", ".join(f"{name} {count}" for name, count in counts.items())
+            said = "; ".join(f"{name}: {count}" for name, count in counts.items())
             notes.append(f"{task.name}: unlike numbers of seeds ({said}).")
         for package in dict.fromkeys(name for run in runs for name in run.versions):
-            found = dict.fromkeys(run.versions.get(package, "unknown") for run in runs)
+            found = dict.fromkeys(str(run.versions.get(package, "unknown")) for run in runs)
             if len(found) > 1:
                 notes.append(f"{task.name}: unlike versions, {package} ({', '.join(found)}).")
-    everyone = {method.name for task in tasks for method in task.methods}
+    everyone = dict.fromkeys(method.name for task in tasks for method in task.methods)
     for task in tasks:
-        if missing := sorted(everyone - {method.name for method in task.methods}):
-            notes.append(f"{task.name}: not run with {', '.join(missing)}.")
-    environments = {}
+        if missing := everyone.keys() - {method.name for method in task.methods}:
+            said = "; ".join(name for name in everyone if name in missing)
+            notes.append(f"{task.name}: not run with {said}.")
+    environments: dict[str, int] = {}
     for task in tasks:
-        run = task.methods[0].runs[0]
-        environments.setdefault(environment_name(run.environment), []).append(task.name)
-    for name, places in environments.items():
-        if len(places) > 1:
+        name = environment_name(task.methods[0].runs[0].environment)
+        environments[name] = environments.get(name, 0) + 1
+    for name, count in environments.items():
+        if count > 1:
             notes.append(f"{name} is there in unlike forms, which are tasks of their own.")
     return list(dict.fromkeys(notes))

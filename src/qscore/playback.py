@@ -59,7 +59,7 @@ def load(
     run = Run.open(folder)
     seed = run.settings.seed_start if seed is None else seed
     task = as_usage_error(run.environment.open)
-    agents = load_agents(run, task.spec, [seed])
+    _, agents = load_agents(run, task.spec, [seed])
     low, high = task.action_bounds
     task.close()
     kind = exploration_policy if explore else evaluation_policy
@@ -107,7 +107,7 @@ def evaluate(
         run.environment.open() for _ in range(min(episodes, train_host.EVAL_ROWS) - 1)
     ]
     seeds = run.settings.seed_list
-    agents = load_agents(run, task.spec, seeds)
+    _, agents = load_agents(run, task.spec, seeds)
 
     def play(best_of: int) -> tuple[list[list[float]], list[list[int]]]:
         policy = (
@@ -179,8 +179,8 @@ def evaluate(
     return result
 
 
-def load_agents(run: Run, spec: Spec, seeds: list[int]) -> dict[int, Any]:
-    """The agents of some seeds at the newest intact checkpoint."""
+def load_agents(run: Run, spec: Spec, seeds: list[int]) -> tuple[int, dict[int, Any]]:
+    """The newest intact checkpoint's environment steps, and the agents of some seeds at it."""
     for seed in seeds:
         if seed not in run.settings.seed_list:
             known = ", ".join(map(str, run.settings.seed_list))
@@ -192,7 +192,7 @@ def load_agents(run: Run, spec: Spec, seeds: list[int]) -> dict[int, Any]:
         raise UsageError(f"{run.folder} has no intact checkpoint.")
     skeleton = {"agent": train_host.agent_shapes(run.algorithm, spec)}
     try:
-        return {
+        return found[1]["env_steps"], {
             seed: jax.tree.map(jnp.asarray, checkpoint.load(found[0], seed, skeleton)["agent"])
             for seed in seeds
         }
@@ -298,7 +298,7 @@ def film(run: Run, path: Path, *, seed: int) -> None:
     """
     task = as_usage_error(run.environment.open)
     task.close()
-    agents = load_agents(run, task.spec, [seed])
+    _, agents = load_agents(run, task.spec, [seed])
     _film(run, evaluation_policy(run.algorithm, task.spec), agents[seed], 0, path)
 
 

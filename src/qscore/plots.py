@@ -3,6 +3,7 @@
 import gc
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
@@ -22,8 +23,8 @@ COLORS = (
 )
 """Of methods, told apart on white and on black, and by most who see few colours."""
 
-AXES = {"env_steps": "environment steps", "seconds": "wall clock, seconds"}
-"""What a learning curve is drawn over."""
+OTHERS = 5
+"""Seeds of each method, at most, in the background of a picture of one seed."""
 
 
 def color(panel: Panel, name: str) -> str:
@@ -42,7 +43,7 @@ def plot_returns(panel: Panel, out: Path) -> None:
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, task in zip(grid, panel.tasks, strict=False):
         draw_returns(axes, panel, task, "env_steps")
-        axes.set_title(task.name, fontsize=10)
+        axes.set_title(task.name, fontsize=10, parse_math=False)
         axes.legend(frameon=False)
     for axes in grid[len(panel.tasks) :]:
         axes.set_axis_off()
@@ -67,7 +68,7 @@ def draw_returns(axes: Axes, panel: Panel, task: Task, axis: str) -> None:
         label = f"{method.name} ({count} seed{'s' if count > 1 else ''})"
         axes.plot(curve.x, curve.middle, color=shade, linewidth=2.2, label=label)
         axes.fill_between(curve.x, curve.low, curve.high, color=shade, alpha=0.18, linewidth=0)
-    axes.set_xlabel(AXES[axis])
+    axes.set_xlabel(task.counted if axis == "env_steps" else "wall clock, seconds")
     axes.set_ylabel("return per episode")
     _plain(axes)
 
@@ -83,27 +84,29 @@ def figure_intervals(
     panel: Panel, figures: dict[str, tuple[float, tuple[float, float]]], label: str
 ) -> Figure:
     """One row per method, best first: interquartile mean and 95% interval."""
-    figure = Figure(figsize=(5.2, 0.7 + 0.34 * len(figures)), layout="constrained")
+    figure = Figure(figsize=(5.2, 0.7 + 0.44 * len(figures)), layout="constrained")
     axes = figure.subplots()
+    left = axes.get_yaxis_transform()  # names of any length stand above their bars
     for row, (name, (middle, (low, high))) in enumerate(figures.items()):
         shade = color(panel, name)
         axes.plot(
             [low, high], [row, row], color=shade, linewidth=7, alpha=0.35, solid_capstyle="butt"
         )
         axes.plot([middle], [row], "|", color=shade, markersize=14, markeredgewidth=2.5)
-    axes.set_yticks(range(len(figures)), list(figures))
-    axes.set_ylim(len(figures) - 0.5, -0.5)
+        axes.text(0.01, row - 0.22, name, transform=left, fontsize=8, va="bottom", parse_math=False)
+    axes.set_yticks([])
+    axes.set_ylim(len(figures) - 0.6, -0.8)
     axes.set_xlabel(label)
     _plain(axes, thousands=False)
     return figure
 
 
 def figure_seed(panel: Panel, task: Task, method: Method, seed: int) -> Figure:
-    """One seed's learning curve, on the axes of all seeds of a task, the others in grey."""
+    """One seed's learning curve, with some of the task's others in grey."""
     figure = Figure(figsize=(2.4, 1.5), layout="constrained")
     axes = figure.subplots()
     for each in task.methods:
-        for other in each.seeds.values():
+        for other in list(each.seeds.values())[:OTHERS]:
             y = [other.mean_return(step) for step in other.evals]
             axes.plot(list(other.evals), y, color="#888888", alpha=0.25, linewidth=0.7)
     own = method.seeds[seed]
@@ -124,9 +127,9 @@ def figure_metric(panel: Panel, task: Task, metric: str, *, log: bool) -> Figure
             rows = rows[:: max(1, len(rows) // SHOWN_ROWS)]
             x, y = [row["env_steps"] for row in rows], [row[metric] for row in rows]
             axes.plot(x, y, color=color(panel, method.name), alpha=0.7, linewidth=1.1)
-    axes.set_xlabel(AXES["env_steps"])
+    axes.set_xlabel(task.counted)
     axes.set_ylabel(metric)
-    if log:
+    if log and any(value > 0 for line in axes.lines for value in np.asarray(line.get_ydata())):
         axes.set_yscale("log")
     _plain(axes)
     return figure

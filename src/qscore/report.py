@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from matplotlib import rc_context
@@ -123,6 +124,8 @@ def report(folders: Sequence[Path], out: Path, *, films: bool = True) -> Panel:
     """
     if out.suffix not in (".html", ".md"):
         raise UsageError(f"`out` must end in .html or .md, got {str(out)!r}.")
+    if out.is_dir():
+        raise UsageError(f"`out` is {out}, which is a folder.")
     try:
         require_rliable()
     except ImportError as error:
@@ -164,7 +167,7 @@ def compose(panel: Panel, filmed: Sequence[Block]) -> list[Block]:
         figure = plots.figure_intervals(panel, ranking, unit)
         blocks.append(Pictures([Picture(caption, figure)]))
         blocks.append(_comparison(ranking, scores))
-    if len(panel.tasks) > 1:
+    if len(panel.tasks) > 1 and len(ranking) > 1:
         blocks += [
             Text(
                 "Normalised returns: on each task 0 is the lowest interquartile mean of any method "
@@ -227,21 +230,26 @@ def _verdict(ranking: dict[str, Interval], scores: dict[str, list[list[float]]],
     if not ranking:
         return "No method was run on every task, so there is no figure over all of them."
     best, *others = ranking
+    tasks = len(scores[best])
+    if not others and tasks > 1:
+        return f"{best} on {tasks} tasks; each has its figures below."
     middle, (low, high) = ranking[best]
     said = f"{_number(middle)} (95% {_number(low)} to {_number(high)})"
-    if len(scores[best][0]) == 1 and len(scores[best]) == 1:
+    if all(len(values) == 1 for values in scores[best]):
         said = f"{_number(middle)} (one seed, so without an interval)"
     if not others:
         return f"{best} ends at a {unit} of {said}."
     second = others[0]
     gap, p = middle - ranking[second][0], chance(scores[best], scores[second])
+    if gap == 0.0:
+        return f"{best} and {second} are level, at a {unit} of {said}."
     seeds = " against ".join(
-        "/".join(str(len(task)) for task in scores[name]) for name in (best, second)
+        "/".join(str(len(values)) for values in scores[name]) for name in (best, second)
     )
     sure = "That is clear" if p < SURE else "That is not settled"
     return (
         f"{best} does best: a {unit} of {said}, {_number(gap)} above {second}, the next. {sure}: "
-        f"of two equally good methods, seeds would differ as much in {_percent(p)} of cases "
+        f"of two equally good methods, one would be as clearly ahead in {_percent(p)} of cases "
         f"({seeds} seeds)."
     )
 
@@ -264,7 +272,7 @@ def _comparison(ranking: dict[str, Interval], scores: dict[str, list[list[float]
         f"{best} against",
         "ahead by",
         "a seed of it is better with probability (95%)",
-        "differ as much by chance",
+        "as clearly ahead by chance",
     ]
     return Table(header, rows)
 
@@ -272,7 +280,7 @@ def _comparison(ranking: dict[str, Interval], scores: dict[str, list[list[float]
 def _of_task(panel: Panel, task: Task) -> list[Block]:
     """Curves, the final table, every seed, and the health of training."""
     captions = {
-        "env_steps": "Return over environment steps: each seed, interquartile mean, 95% interval.",
+        "env_steps": f"Return over {task.counted}: each seed, interquartile mean, 95% interval.",
         "seconds": "The same over wall clock; seeds of one run train side by side.",
     }
     blocks: list[Block] = []
@@ -321,7 +329,7 @@ def _of_task(panel: Panel, task: Task) -> list[Block]:
 def _final_table(task: Task) -> Table:
     """The last evaluation that all methods have, and what came before it."""
     references = datasets.references(environment_name(task.methods[0].runs[0].environment))
-    header = ["method", f"return after {task.final_step:,} steps", "95% interval"]
+    header = ["method", f"return after {task.final_step:,} {task.counted}", "95% interval"]
     header += [f"normalised, {name}" for name in references]
     header += ["mean over training", f"over its first {EARLY:.0%}", "steps/s", "every seed"]
     rows = []
@@ -337,19 +345,19 @@ def _final_table(task: Task) -> Table:
         row += [
             f"{datasets.normalized(middle, reference):.1f}" for reference in references.values()
         ]
-        row += [_mean_over(method, share, task.final_step) for share in (1.0, EARLY)]
+        row += [_mean_over(method, task, share) for share in (1.0, EARLY)]
         each = zip(method.seeds, values, strict=True)
         row += [_speed(method), ", ".join(f"{seed}: {_number(value)}" for seed, value in each)]
         rows.append(row)
     return Table(header, rows)
 
 
-def _mean_over(method: Method, share: float, final_step: int) -> str:
+def _mean_over(method: Method, task: Task, share: float) -> str:
     """The mean return of the evaluations in the first share of training: the interquartile mean
 
-    over seeds.
+    over seeds. Of the evaluations that all methods have, or means would be of unlike steps.
     """
-    steps = [step for step in method.steps if step <= share * final_step]
+    steps = [step for step in task.steps if step <= share * task.final_step]
     if not steps:
         return "not evaluated"
     per_step = [method.returns(step) for step in steps]
@@ -364,7 +372,8 @@ def _speed(method: Method) -> str:
         last = [seed.evals[max(seed.evals)] for seed in own]
         steps = sum(row["env_steps"] for row in last)
         if seconds := max(row["seconds"] for row in last):
-            speeds.append(f"{steps / seconds:,.0f} ({len(own)} seeds)")
+            plural = "s" if len(own) > 1 else ""
+            speeds.append(f"{steps / seconds:,.0f} ({len(own)} seed{plural})")
     return ", ".join(speeds)
 
 
@@ -407,7 +416,7 @@ def _film(panel: Panel, scratch: Path, suffix: str) -> list[Block]:
             path = scratch / f"{len(pictures)}{suffix}"
             try:
                 film(run, path, seed=seed)
-            except (UsageError, RunStopped) as error:
+            except (UsageError, RunStopped, OSError) as error:
                 missing.append(f"No film of {method.name} on {task.name}: {error}")
                 print(f"warning: {missing[-1]}", file=sys.stderr)
             else:
@@ -436,6 +445,8 @@ def _listed(names: Sequence[str]) -> str:
 
 INK = "#010203"
 """Stands for the reader's text colour in a figure, until it is written into a page."""
+
+TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "replace"}
 
 INKED = (
     *("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"),
@@ -570,7 +581,8 @@ def _write_markdown(heading: str, blocks: Sequence[Block], out: Path) -> None:
                 pass  # the pictures have legends of their own here
             case Table(header, rows):
                 lines = [header, ["---"] * len(header), *rows]
-                parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+                cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+                parts.append("\n".join("| " + " | ".join(line) + " |" for line in cells))
             case Pictures(pictures):
                 for picture in pictures:
                     path = folder / f"{len(written):03}.png"
@@ -583,13 +595,14 @@ def _write_markdown(heading: str, blocks: Sequence[Block], out: Path) -> None:
                                 axes.legend(frameon=False, fontsize=8)
                         picture.content.savefig(path, dpi=150)
                     written.append(path)
-                    parts.append(f"![{picture.caption}]({folder.name}/{path.name})")
+                    parts.append(f"![{picture.caption}]({quote(folder.name)}/{path.name})")
                     parts.append(f"*{picture.caption}*")
     _replace(out, "\n\n".join(parts) + "\n")
 
 
 def _replace(out: Path, text: str) -> None:
     """Write a file as a whole."""
-    scratch = out.with_name(out.name + ".tmp")
-    scratch.write_text(text)
-    scratch.replace(out)
+    with tempfile.NamedTemporaryFile("w", dir=out.parent, delete=False, **TEXT) as scratch:
+        scratch.write(text)
+    Path(scratch.name).chmod(0o644)
+    Path(scratch.name).replace(out)
