@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -518,3 +519,21 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path):
         qs.resume(tmp_path / "new")
     with pytest.raises(qs.UsageError, match="it has no config.json"):
         Run.open(tmp_path)
+
+
+@pytest.mark.parametrize("task", ["Pendulum-v1", "double_well"])
+def test_programs_are_compiled_before_the_seeds_threads_begin(tmp_path, caplog, task):
+    """Two threads that compile one program at the same time have crashed XLA."""
+    jax.config.update("jax_log_compiles", True)
+    try:
+        small_run(tmp_path / "run", task=task, seeds=2, steps=300)
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    compiled = [
+        (record.threadName, found[1])
+        for record in caplog.records
+        if (found := re.search(r"Finished XLA compilation of (.*?) in", record.message))
+    ]
+    assert "MainThread" in {thread for thread, _ in compiled}
+    own = {"jit(chunk)", "jit(evaluate)", "jit(uniform)", "jit(run)", "jit(_act_read)"}
+    assert not own & {name for thread, name in compiled if thread != "MainThread"}

@@ -205,7 +205,8 @@ class DeviceCollector:
 
 
 @lru_cache
-def _compiled_evaluate(algorithm: Algorithm, environment: SDEEnvironment) -> Any:
+def compiled_evaluation(algorithm: Algorithm, environment: SDEEnvironment, episodes: int) -> Any:
+    """The program of `evaluate_on_device` for so many episodes, to be compiled by one thread."""
     spec: Spec = environment.spec
     limit = environment.duration / (environment.dt_min or environment.dt)
     most = int(np.ceil(limit)) + 1
@@ -229,7 +230,14 @@ def _compiled_evaluate(algorithm: Algorithm, environment: SDEEnvironment) -> Any
         )
         return total, state.steps
 
-    return jax.jit(jax.vmap(episode, in_axes=(None, 0, 0, None)))
+    def evaluate(agent, seeds, act_key):
+        reset_keys = jax.vmap(jr.key)(seeds)
+        rows = jnp.arange(episodes)
+        return jax.vmap(episode, in_axes=(None, 0, 0, None))(agent, rows, reset_keys, act_key)
+
+    agent = jax.eval_shape(lambda: algorithm.init(spec, key=jr.key(0)))
+    seeds = jax.ShapeDtypeStruct((episodes,), jnp.int32)
+    return jax.jit(evaluate).lower(agent, seeds, jr.key(0)).compile()
 
 
 def evaluate_on_device(
@@ -241,10 +249,8 @@ def evaluate_on_device(
     key: Key,
 ) -> tuple[list[float], list[int]]:
     """Returns and lengths of the episodes that belong to `seeds`, exploration off."""
-    reset_keys = jax.vmap(jr.key)(jnp.asarray(seeds))
-    returns, lengths = _compiled_evaluate(algorithm, environment)(
-        agent, jnp.arange(len(seeds)), reset_keys, key
-    )
+    program = compiled_evaluation(algorithm, environment, len(seeds))
+    returns, lengths = program(agent, np.asarray(seeds, np.int32), key)
     return np.asarray(returns).astype(float).tolist(), np.asarray(lengths).tolist()
 
 

@@ -18,7 +18,12 @@ from qscore.environments.base import Environment, Episodic, Step
 from qscore.environments.host import DEFAULT_LIMIT
 from qscore.environments.sde import SDEEnvironment, SDETask
 from qscore.products import Precision, with_products
-from qscore.rollout import CHUNK_STEPS, DeviceCollector, evaluate_on_device
+from qscore.rollout import (
+    CHUNK_STEPS,
+    DeviceCollector,
+    compiled_evaluation,
+    evaluate_on_device,
+)
 from qscore.train import Runner, init_runner, train_chunk
 from qscore.types import Key, Spec, State, Transition
 
@@ -244,7 +249,8 @@ def _compiled_uniform(rows: int, size: int):
     def uniform(key, step):
         return jr.uniform(jr.fold_in(key, step), (rows, size), minval=-1.0, maxval=1.0)
 
-    return jax.jit(uniform)
+    step = jax.ShapeDtypeStruct((), jnp.uint32)
+    return jax.jit(uniform).lower(jr.key(0), step).compile()
 
 
 class HostCollector:
@@ -259,6 +265,7 @@ class HostCollector:
         self.tasks = [environment.open() for _ in range(environment.num_envs)]
         self.spec = self.tasks[0].spec
         self._explore = exploration_policy(algorithm, self.spec, len(self.tasks))
+        self._uniform = _compiled_uniform(len(self.tasks), self.spec.action_size)
         self.chunk = chunk_steps(environment)
         rows = len(self.tasks)
         self.episodes = [0] * rows  # of each environment, the running one included
@@ -360,8 +367,7 @@ class HostCollector:
 
     def _actions(self, read: list[jax.Array], env_steps: int) -> np.ndarray:
         if env_steps < self.algorithm.warmup_steps:
-            uniform = _compiled_uniform(len(self.tasks), self.spec.action_size)
-            return np.asarray(uniform(self._key, np.uint32(env_steps)))
+            return np.asarray(self._uniform(self._key, np.uint32(env_steps)))
         actions, self.carry = self._explore(read, self.carry, self.obs, self._key, env_steps)
         return actions
 
@@ -433,6 +439,8 @@ class Session:
             algorithm, environment, steps=steps, recorded=self.recorded, offline_steps=offline_steps
         )
         self._evaluation = evaluation_policy(algorithm, self.spec)
+        if isinstance(environment, SDEEnvironment):
+            compiled_evaluation(self._evaluation.algorithm, environment, eval_episodes)
         self._chunk = compiled_chunk(algorithm, self.spec, self.capacity, self.chunk, precision)
         self.runner = init_runner(algorithm, self.spec, self.capacity, key=init_key)
         if data is not None:
