@@ -433,6 +433,13 @@ def test_the_table_of_many_seeds_is_the_committed_result():
             assert float(row[column]) == each[name]["seconds"]
 
 
+def test_the_table_of_memory_is_the_committed_result():
+    result = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text())
+    (row,) = table(DOCS / "speed.md", "tenth")
+    assert [int(row[str(tenth)]) for tenth in range(1, 11)] == result["most_mb_by_tenth"]
+    assert "1,000,000" in f"{int(result['run'].split()[3]):,}" and result["growth"] < 1.05
+
+
 def test_the_version_is_the_same_everywhere():
     assert f"version: {version('qscore')}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"## [{version('qscore')}]" in (ROOT / "CHANGELOG.md").read_text()
