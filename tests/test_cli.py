@@ -72,7 +72,7 @@ BAD = {
     "list agents": "invalid choice 'agents'",
     "bench qsmm": "unknown algorithm 'qsmm'",
     "plot nowhere --out x.png": "nowhere is not a run folder",
-    "plot RUN RUN --out x.png": "a seed counts once: leave one of them out",
+    "plot RUN RUN --out x.png": "tiny was given twice.",
     "report RUN --out x.pdf": "`out` must end in .html or .md, got 'x.pdf'",
 }
 

@@ -526,7 +526,10 @@ def test_programs_are_compiled_before_the_seeds_threads_begin(tmp_path, caplog, 
     """Two threads that compile one program at the same time have crashed XLA."""
     jax.config.update("jax_log_compiles", True)
     try:
-        small_run(tmp_path / "run", task=task, seeds=2, steps=300)
+        # sizes that no other test has: nothing of it has been compiled yet
+        algorithm = qs.QSM(hidden=(15, 13), batch_size=16, warmup_steps=60)
+        folder = tmp_path / "run"
+        qs.train(algorithm, task, steps=300, seeds=2, eval_episodes=3, out=folder, progress=False)
     finally:
         jax.config.update("jax_log_compiles", False)
     compiled = [
