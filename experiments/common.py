@@ -93,7 +93,7 @@ def train(jobs: Sequence[Job], runs: Path) -> bool:
                 _train(job, folder)
             except qs.TrainingDiverged as error:
                 print(f"{folder}: {error}", file=sys.stderr)
-    return not any(not (job.folder(runs) / "summary.json").is_file() for job in unfinished)
+    return all((job.folder(runs) / "summary.json").is_file() for job in unfinished)
 
 
 def _train(job: Job, folder: Path) -> None:

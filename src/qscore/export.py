@@ -23,9 +23,9 @@ from qscore.algorithms import algorithm_name
 from qscore.environments import ENVIRONMENTS
 from qscore.environments.base import Episodic, Step
 from qscore.errors import RunStopped, UsageError
-from qscore.folder import Run, as_usage_error, environment_name, non_defaults
+from qscore.folder import Run, as_usage_error, environment_name
 from qscore.numpy_code import Code, evaluate, translate
-from qscore.panel import TRAINING_FIELDS
+from qscore.panel import shortened, task_fields
 from qscore.playback import load_agents
 from qscore.statistics import summarize
 from qscore.train_host import Observer, evaluation_policy
@@ -222,14 +222,8 @@ def export(
 
 def _title(run: Run) -> str:
     """The algorithm and the task, with what of the task is not its default."""
-    changed = {k: v for k, v in non_defaults(run.environment).items() if k not in TRAINING_FIELDS}
-    said = "".join(f", {name}={_short(value)}" for name, value in changed.items())
+    said = "".join(f", {name}={shortened(value)}" for name, value in task_fields(run).items())
     return f"{algorithm_name(run.algorithm)} on {environment_name(run.environment)}{said}"
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 30 else text[:27] + "..."
 
 
 def _flat(run: Run, task: Episodic, agent: Any) -> Any:
@@ -325,8 +319,7 @@ def _check(
 def _example(run: Run, obs_size: int) -> str:
     """How the policy is used in its environment; where Gymnasium has none like it, for one step."""
     environment = environment_name(run.environment)
-    changed = non_defaults(run.environment).keys() - set(TRAINING_FIELDS)
-    if environment in ENVIRONMENTS or changed - {"max_episode_steps"}:
+    if environment in ENVIRONMENTS or task_fields(run).keys() - {"max_episode_steps"}:
         return ACTION.format(obs_size=obs_size, environment=_title(run).partition(" on ")[2])
     limit = getattr(run.environment, "max_episode_steps", None)
     make = f'gym.make("{environment}"{f", max_episode_steps={limit}" if limit else ""})'

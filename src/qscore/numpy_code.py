@@ -287,10 +287,8 @@ def _expression(code: Code, equation: Any, operands: list[Any], aval: Any) -> st
             return f"np.concatenate([{', '.join(texts)}], {parameters['dimension']})"
         case "broadcast_in_dim":
             placed = [1] * len(parameters["shape"])
-            for place, size in zip(
-                parameters["broadcast_dimensions"], np.shape(operands[0])
-                if not isinstance(operands[0], Symbol) else operands[0].shape, strict=True
-            ):  # fmt: skip
+            kept = zip(parameters["broadcast_dimensions"], _shape(operands[0]), strict=True)
+            for place, size in kept:
                 placed[place] = size
             return f"np.broadcast_to(np.reshape({texts[0]}, {tuple(placed)}), {aval.shape})"
         case "slice":

@@ -51,8 +51,6 @@ class Method:
     """All seeds of one algorithm with one setting of its fields, on one task."""
 
     name: str
-    settings: dict[str, Any]
-    """What differs from the algorithm's defaults, with the preset."""
     seeds: dict[int, Seed]
 
     @property
@@ -136,7 +134,7 @@ def arrange(runs: Sequence[Run]) -> Panel:
         methods = []
         for label in dict.fromkeys(labels[i] for i in there):
             of_method = [runs[i] for i in there if labels[i] == label]
-            methods.append(Method(label, _method_settings(of_method[0]), _seeds(label, of_method)))
+            methods.append(Method(label, _seeds(label, of_method)))
         tasks.append(_task(place, methods))
     return Panel(tasks, _notes(tasks))
 
@@ -152,10 +150,15 @@ def _method_settings(run: Run) -> dict[str, Any]:
     return settings
 
 
+def task_fields(run: Run) -> dict[str, Any]:
+    """The fields of a run's environment that make it another task than its defaults."""
+    fields = non_defaults(run.environment)
+    return {name: value for name, value in fields.items() if name not in TRAINING_FIELDS}
+
+
 def _task_settings(run: Run) -> dict[str, Any]:
     """What distinguishes tasks of one environment."""
-    fields = non_defaults(run.environment)
-    settings = {name: value for name, value in fields.items() if name not in TRAINING_FIELDS}
+    settings = task_fields(run)
     if run.settings.dataset is not None:
         settings["dataset"] = run.settings.dataset
         if run.settings.online_steps:
@@ -175,11 +178,11 @@ def _labels(named: list[tuple[str, dict[str, Any]]]) -> list[str]:
         said = [name]
         for key in dict.fromkeys(key for other in alike for key in other):
             if key in settings and any(other.get(key) != settings[key] for other in alike):
-                text = _text(settings[key])
+                short = shortened(settings[key])
                 if key != "preset":
-                    said.append(f"{key}={text}")
-                elif text != "default":
-                    said.append(text)
+                    said.append(f"{key}={short}")
+                elif short != "default":
+                    said.append(short)
         label = full = ", ".join(said)
         identity = _identity(name, settings)
         while labels.setdefault(label, identity) != identity:  # cut to the same characters
@@ -192,7 +195,7 @@ def _identity(name: str, settings: dict[str, Any]) -> str:
     return json.dumps([name, settings], sort_keys=True)
 
 
-def _text(value: Any) -> str:
+def shortened(value: Any) -> str:
     """A setting in a label: of a file its name, of a long one its first characters."""
     if isinstance(value, str) and value.startswith("/"):
         value = Path(value).name

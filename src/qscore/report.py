@@ -1,7 +1,7 @@
 """A report of runs as one file: what was run, which method is better, by how much, how sure.
 
-A report is a list of blocks (`compose`), which `write` turns into a page of HTML that needs nothing
-else, or into Markdown with its pictures in a folder beside it.
+A report is a list of blocks (`compose`), which `report` writes as a page of HTML that needs nothing
+else, or as Markdown with its pictures in a folder beside it.
 """
 
 import base64
