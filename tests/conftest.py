@@ -1,12 +1,14 @@
 """The house runs strict: no silent dtype promotion, no silent broadcasting, no screen."""
 
 import functools
+import gc
 import os
 
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws classic-control tasks off screen
 
 import jax
 import optax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -34,3 +36,15 @@ def _lenient(make):
 # before the package is imported, so that it sees these whichever way it imports Optax
 for _name in ("adam", "adamw"):
     setattr(optax, _name, _lenient(getattr(optax, _name)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_are_given_back():
+    """A module's compiled programs are freed after it.
+
+    Each holds some tens of memory mappings and Linux grants a process 65,530 (`vm.max_map_count`);
+    the compiler dies of a segmentation fault where it is refused one.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()

@@ -15,7 +15,6 @@ of order dt would hide those of learning.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +25,7 @@ from jaxtyping import Array, Float
 
 from qscore import lq, sde
 from qscore.environments.lq import LQ
+from qscore.programs import kept
 from qscore.types import State
 
 POINTS = 20_000
@@ -129,7 +129,7 @@ def compare(algorithm: Any, environment: LQ, agent: State) -> Comparison:
     )
 
 
-@lru_cache
+@kept
 def _compiled(algorithm: Any, environment: LQ) -> tuple[Callable[..., Any], Callable[..., float]]:
     """What `compare` asks of every agent, compiled once for all of them.
 

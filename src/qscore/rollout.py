@@ -6,7 +6,6 @@ other rows, and a continued run needs no random state.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import equinox as eqx
@@ -20,6 +19,7 @@ from qscore import replay
 from qscore.algorithms.base import Algorithm
 from qscore.environments.base import EnvironmentFailure
 from qscore.environments.sde import SDEEnvironment, SDEState
+from qscore.programs import kept
 from qscore.types import Carry, Key, Spec, State, Transition
 
 CHUNK_STEPS = 50
@@ -138,12 +138,12 @@ def collect(
     return rows, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), block)
 
 
-@lru_cache
+@kept
 def _compiled_begin(algorithm: Algorithm, environment: SDEEnvironment) -> Any:
     return jax.jit(lambda key: begin(algorithm, environment, key=key))
 
 
-@lru_cache
+@kept
 def _compiled_collect(algorithm: Algorithm, environment: SDEEnvironment) -> Any:
     def run(agent, rows, start, steps, key):
         return collect(algorithm, environment, agent, rows, start, steps, key=key)
@@ -204,7 +204,7 @@ class DeviceCollector:
         """Nothing is held."""
 
 
-@lru_cache
+@kept
 def compiled_evaluation(algorithm: Algorithm, environment: SDEEnvironment, episodes: int) -> Any:
     """The program of `evaluate_on_device` for so many episodes, to be compiled by one thread."""
     spec: Spec = environment.spec

@@ -4,7 +4,6 @@ No disk, clock or terminal here: `run` drives a `Session` per seed and does the 
 """
 
 import dataclasses
-from functools import lru_cache
 from typing import Any, Protocol
 
 import jax
@@ -18,6 +17,7 @@ from qscore.environments.base import Environment, Episodic, Step
 from qscore.environments.host import DEFAULT_LIMIT
 from qscore.environments.sde import SDEEnvironment, SDETask
 from qscore.products import Precision, with_products
+from qscore.programs import kept
 from qscore.rollout import (
     CHUNK_STEPS,
     DeviceCollector,
@@ -37,7 +37,7 @@ CHUNK = 50
 """Environment steps collected under one policy before its updates are taken."""
 
 
-@lru_cache
+@kept
 def compiled_chunk(
     algorithm: Algorithm, spec: Spec, capacity: int, rows: int, precision: Precision = "f32"
 ) -> Any:
@@ -113,7 +113,7 @@ class Policy:
         )(carry, obs, keys)
 
 
-@lru_cache
+@kept
 def exploration_policy(algorithm: Algorithm, spec: Spec, rows: int) -> Policy:
     """The policy that collects experience in `rows` environments side by side."""
     return Policy(algorithm, spec, rows, explore=True)
@@ -123,7 +123,7 @@ EVAL_ROWS = 10
 """Episodes evaluated side by side; fixed, so that no episode's numbers depend on how many."""
 
 
-@lru_cache
+@kept
 def evaluation_policy(
     algorithm: Algorithm, spec: Spec, *, best_of: int = 1, rows: int = EVAL_ROWS
 ) -> Policy:
@@ -244,7 +244,7 @@ def _reset_rows(carry: Any, fresh: Any, row: int) -> Any:
     return jax.tree.map(lambda now, start: now.at[row].set(start[row]), carry, fresh)
 
 
-@lru_cache
+@kept
 def _compiled_uniform(rows: int, size: int):
     def uniform(key, step):
         return jr.uniform(jr.fold_in(key, step), (rows, size), minval=-1.0, maxval=1.0)
