@@ -14,7 +14,6 @@ writes the results.
 
 import argparse
 import fcntl
-import json
 import os
 import platform
 import shlex
@@ -25,10 +24,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 import qscore as qs
-from qscore.panel import Panel, read_panel
+from qscore.folder import write_json
+from qscore.panel import Method, Panel, Task, read_panel
+from qscore.plots import draw_returns
+from qscore.products import Precision
+from qscore.statistics import bootstrap_interval, interquartile_mean
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -46,6 +50,7 @@ class Job:
     seed: int
     eval_every: int
     eval_episodes: int = 10
+    precision: Precision = "f32"
 
     def folder(self, runs: Path) -> Path:
         return runs / self.name / f"seed-{self.seed}"
@@ -107,6 +112,7 @@ def _train(job: Job, folder: Path) -> None:
         seed_start=job.seed,
         eval_every=job.eval_every,
         eval_episodes=job.eval_episodes,
+        precision=job.precision,
         keep_checkpoints=1,
         out=folder,
     )
@@ -116,6 +122,31 @@ def panel(jobs: Sequence[Job], runs: Path) -> Panel:
     """The runs that have been evaluated, side by side."""
     folders = [job.folder(runs) for job in jobs]
     return read_panel([folder for folder in folders if (folder / "evals.jsonl").is_file()])
+
+
+def figures(task: Task, method: Method) -> dict[str, Any]:
+    """The last returns of every seed of a method, their interquartile mean and its interval."""
+    values = method.returns(task.final_step)
+    return {
+        "returns": {str(s): round(v, 2) for s, v in zip(method.seeds, values, strict=True)},
+        "iqm": round(interquartile_mean(values), 2),
+        "ci95": np.round(bootstrap_interval(values), 2).tolist(),
+    }
+
+
+def curves(found: Panel) -> Figure:
+    """Return over environment steps: one axes per task, three to a row."""
+    columns = min(3, len(found.tasks))
+    rows = -(-len(found.tasks) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.2 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, task in zip(grid, found.tasks, strict=False):
+        draw_returns(axes, found, task, "env_steps")
+        axes.set_title(task.name, fontsize=9)
+    for axes in grid[len(found.tasks) :]:
+        axes.set_axis_off()
+    grid[0].legend(frameon=False, fontsize=8)
+    return figure
 
 
 def save(args: argparse.Namespace, results: dict[str, Any], figure: Figure | None = None) -> Path:
@@ -134,9 +165,7 @@ def save(args: argparse.Namespace, results: dict[str, Any], figure: Figure | Non
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "quick": args.quick,
     }
-    scratch = out.with_suffix(".tmp")
-    scratch.write_text(json.dumps(about | results, indent=1) + "\n")
-    scratch.replace(out)
+    write_json(out, about | results)
     if figure is not None:
         shown = ROOT / "docs" / "assets" / f"{args.name}.png"
         figure.savefig(shown if out.parent == RESULTS else out.with_suffix(".png"), dpi=150)

@@ -15,14 +15,11 @@ training, which the CQSM paper is about.
 import argparse
 from typing import Any
 
-import numpy as np
-from common import Job, arguments, panel, places, save, train
-from matplotlib.figure import Figure
+from common import Job, arguments, curves, figures, panel, places, save, train
 
 import qscore as qs
-from qscore.panel import Method
-from qscore.plots import draw_returns
-from qscore.statistics import bootstrap_interval, interquartile_mean
+from qscore.panel import EARLY, Method, Task
+from qscore.statistics import interquartile_mean
 
 PANELS: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     # panel: (steps of every task, algorithms)
@@ -46,7 +43,6 @@ PANELS: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
         ("cqsm", "qsm", "sac", "td3", "diffusion_ql"),
     ),
 }
-EARLY = 0.2
 
 
 def jobs(name: str, args: argparse.Namespace) -> list[Job]:
@@ -74,21 +70,13 @@ def jobs(name: str, args: argparse.Namespace) -> list[Job]:
     return found
 
 
-def early(method: Method, final_step: int) -> list[float]:
-    """Per seed, the mean return over the first share of training."""
-    steps = [step for step in method.steps if step <= EARLY * final_step]
-    return np.mean([method.returns(step) for step in steps], axis=0).tolist()
-
-
-def row(method: Method, final_step: int) -> dict[str, Any]:
+def row(task: Task, method: Method) -> dict[str, Any]:
     """The figures of one method on one task."""
-    last, first = method.returns(final_step), early(method, final_step)
-    return {
-        "returns": {str(s): round(v, 1) for s, v in zip(method.seeds, last, strict=True)},
-        "iqm": round(interquartile_mean(last), 1),
-        "ci95": np.round(bootstrap_interval(last), 1).tolist(),
-        "early": {str(s): round(v, 1) for s, v in zip(method.seeds, first, strict=True)},
-        "early_iqm": round(interquartile_mean(first), 1),
+    early = task.mean_over(method, EARLY)
+    assert early is not None  # every run is evaluated twenty times
+    return figures(task, method) | {
+        "early": {str(s): round(v, 2) for s, v in zip(method.seeds, early, strict=True)},
+        "early_iqm": round(interquartile_mean(early), 2),
     }
 
 
@@ -134,23 +122,14 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"no run in {runs} has finished")
     found = panel(finished, runs)
     results = {
-        task.name: {method.name: row(method, task.final_step) for method in task.methods}
+        task.name: {method.name: row(task, method) for method in task.methods}
         for task in found.tasks
     }
     print(table(results))
     for name in missing:
         print(f"missing: {name}")
-    figure = Figure(figsize=(4.2 * min(3, len(found.tasks)), 3.2 * -(-len(found.tasks) // 3)),
-                    layout="constrained")  # fmt: skip
-    grid = figure.subplots(-(-len(found.tasks) // 3), min(3, len(found.tasks)), squeeze=False)
-    for axes, task in zip(grid.ravel(), found.tasks, strict=False):
-        draw_returns(axes, found, task, "env_steps")
-        axes.set_title(task.name, fontsize=9)
-    for axes in grid.ravel()[len(found.tasks) :]:
-        axes.set_axis_off()
-    grid[0, 0].legend(frameon=False, fontsize=8)
     steps = {task.name: task.final_step for task in found.tasks}
-    save(args, {"steps": steps, "missing": missing, "tasks": results}, figure)
+    save(args, {"steps": steps, "missing": missing, "tasks": results}, curves(found))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,11 @@ where the setting does not matter. Last checkpoints; every seed.
 
 from typing import Any
 
-import numpy as np
-from common import Job, arguments, panel, places, save, train
+from common import Job, arguments, figures, panel, places, save, train
 from matplotlib.figure import Figure
 
 import qscore as qs
 from qscore.environments import DoubleWell
-from qscore.statistics import bootstrap_interval, interquartile_mean
 
 TARGETS = ("gradient", "normalized", "posterior")
 FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
@@ -107,16 +105,8 @@ def main(argv: list[str] | None = None) -> None:
     for (task, target, factor), each in todo.items():
         (found,) = panel(each, runs).tasks
         (method,) = found.methods
-        values = method.returns(found.final_step)
-        results.setdefault(task, {}).setdefault(target, []).append(
-            {
-                "factor": round(factor, 4),
-                "steps": found.final_step,
-                "returns": {str(s): round(v, 2) for s, v in zip(method.seeds, values, strict=True)},
-                "iqm": round(interquartile_mean(values), 2),
-                "ci95": np.round(bootstrap_interval(values), 2).tolist(),
-            }
-        )
+        row = {"factor": round(factor, 4), "steps": found.final_step} | figures(found, method)
+        results.setdefault(task, {}).setdefault(target, []).append(row)
     print(table(results))
     save(args, {"tasks": results}, picture(results))
 

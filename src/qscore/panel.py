@@ -22,6 +22,9 @@ from qscore.statistics import bootstrap_interval, interquartile_mean
 TRAINING_FIELDS = ("num_envs",)
 """Fields of an environment that say how it is trained in, not what it is."""
 
+EARLY = 0.2
+"""The share of training that counts as early."""
+
 
 @dataclass(frozen=True)
 class Seed:
@@ -96,6 +99,14 @@ class Task:
     def final_step(self) -> int:
         """The last step that every seed of every method was evaluated at."""
         return self.steps[-1]
+
+    def mean_over(self, method: Method, share: float) -> list[float] | None:
+        """Per seed, the mean return of the evaluations in the first `share` of training.
+
+        Of those that all methods have, or means would be of unlike steps; None where none is.
+        """
+        per_step = [method.returns(s) for s in self.steps if s <= share * self.final_step]
+        return np.mean(per_step, axis=0).tolist() if per_step else None
 
 
 @dataclass(frozen=True)

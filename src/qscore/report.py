@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from qscore import datasets, plots
 from qscore.errors import RunStopped, UsageError
 from qscore.folder import environment_name
-from qscore.panel import Method, Panel, Task, read_panel
+from qscore.panel import EARLY, Method, Panel, Task, read_panel
 from qscore.playback import film
 from qscore.statistics import (
     aggregate,
@@ -38,9 +37,6 @@ from qscore.statistics import (
 
 SURE = 0.05
 """A difference is called clear where chance alone would make one in fewer cases than this."""
-
-EARLY = 0.2
-"""The share of training that counts as early."""
 
 HEALTH = {
     "critic_loss": "Critic loss: should settle, not grow.",
@@ -353,15 +349,9 @@ def _final_table(task: Task) -> Table:
 
 
 def _mean_over(method: Method, task: Task, share: float) -> str:
-    """The mean return of the evaluations in the first share of training: the interquartile mean
-
-    over seeds. Of the evaluations that all methods have, or means would be of unlike steps.
-    """
-    steps = [step for step in task.steps if step <= share * task.final_step]
-    if not steps:
-        return "not evaluated"
-    per_step = [method.returns(step) for step in steps]
-    return _number(interquartile_mean(np.mean(per_step, axis=0).tolist()))
+    """The interquartile mean over seeds of `Task.mean_over`."""
+    values = task.mean_over(method, share)
+    return "not evaluated" if values is None else _number(interquartile_mean(values))
 
 
 def _speed(method: Method) -> str:
