@@ -5,9 +5,10 @@
 
 A point moves in a square. Near its start lies a small hill of reward, and far away, past a ditch of
 negative reward, a hill four times as high: following the reward leads to the small one. Every
-algorithm has its own defaults, and nothing that rewards novelty. Two figures over training: the
-*coverage*, the share of the square's 20 x 20 cells that training has visited, and the share of
-evaluation episodes that end on the high hill.
+algorithm has its own defaults, and nothing that rewards novelty; QSM also has the preset of the
+released code, and the regression target that is the exact score of its own distribution. Two
+figures over training: the *coverage*, the share of the square's 20 x 20 cells that training has
+visited, and the share of evaluation episodes that end on the high hill.
 
 Runs that are in the file already are not repeated.
 """
@@ -31,7 +32,14 @@ NEAR, FAR = np.array([-0.7, -0.7]), np.array([0.6, 0.6])
 STEPS = 50
 HIGH = 2.0
 """Reward per step beyond which a point stands on the high hill."""
-ALGORITHMS = {"qsm": qs.QSM, "diffusion_ql": qs.DiffusionQL, "sac": qs.SAC, "td3": qs.TD3}
+ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "qsm": (qs.QSM, {}),
+    "qsm, official": (qs.QSM, {"preset": "official"}),
+    "qsm, posterior": (qs.QSM, {"target": "posterior"}),
+    "diffusion_ql": (qs.DiffusionQL, {}),
+    "sac": (qs.SAC, {}),
+    "td3": (qs.TD3, {}),
+}
 
 
 def reward(point: np.ndarray) -> float:
@@ -133,10 +141,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.quick:
         fields = {"warmup_steps": 500, "hidden": (32, 32), "batch_size": 64}
     results = read(places(args)[1])
-    for name, kind in ALGORITHMS.items():
+    for name, (kind, own) in ALGORITHMS.items():
         for seed in range(seeds):
             if str(seed) not in results.setdefault(name, {}):
-                results[name][str(seed)] = learn(kind(**fields), seed, steps, every)
+                results[name][str(seed)] = learn(kind(**own, **fields), seed, steps, every)
                 save(args, {"steps": steps, "algorithms": results}, picture(results))
     print(table(results))
     save(args, {"steps": steps, "algorithms": results}, picture(results))
