@@ -186,7 +186,7 @@ def test_the_tables_of_the_data_page_are_the_code():
         for name, tasks in datasets.REFERENCES.items()
         for task, pair in tasks.items()
     }
-    presets = [name for name, kind in qs.ALGORITHMS.items() if "offline" in cli._presets(kind)]
+    presets = [name for name, kind in qs.ALGORITHMS.items() if "offline" in cli.presets(kind)]
     assert presets == ["qsm", "td3", "diffusion_ql"]
     assert "QSM, TD3 and Diffusion-QL have a preset `offline`" in (DOCS / "data.md").read_text()
 

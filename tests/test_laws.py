@@ -19,7 +19,8 @@ OUTER = {
     f"qscore.{name}"
     for name in (
         *("__main__", "bench", "checkpoint", "cli", "datasets", "export", "folder", "log"),
-        *("panel", "playback", "plots", "report", "run"),
+        *("panel", "playback", "plots", "report", "run", "sweep"),
+        *(f"sweep.{name}" for name in ("board", "cluster", "local", "process", "spec", "trial")),
     )
 }
 """What may touch disk, clock and terminal. The rest is pure."""

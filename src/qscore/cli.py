@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar
 
 import tyro
 
@@ -25,11 +25,12 @@ from qscore.environments import ENVIRONMENTS, environment_class
 from qscore.environments.host import known_ids
 from qscore.errors import Interrupted, RunStopped, TrainingDiverged, UsageError
 from qscore.export import export
-from qscore.folder import Run, Settings
+from qscore.folder import Run, Settings, presets, usual_preset, usual_steps
 from qscore.panel import read_panel
 from qscore.plots import plot_returns
 from qscore.products import Precision
 from qscore.report import report
+from qscore.sweep import sweep
 
 T = TypeVar("T")
 
@@ -131,6 +132,20 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """Many runs from one file: a grid or a search over algorithms, environments, fields, seeds."""
+
+    spec: tyro.conf.Positional[Path]
+    """The file, TOML."""
+    resume: bool = False
+    """Go on with the sweep: what has ended is not repeated, what was cut short continues."""
+    retry: bool = False
+    """With `resume`: try again what failed, too."""
+    json: bool = False
+    """Print one JSON value on stdout."""
+
+
+@dataclass(frozen=True)
 class Bench:
     """Measure updates, acting and the whole loop on the cores this process may use."""
 
@@ -154,6 +169,7 @@ USAGE = """usage: qscore COMMAND ...
   plot RUN... --out FILE        learning curves of runs
   report RUN... --out FILE      compare runs on one page: qscore report runs/* --out report.html
   export RUN --to FOLDER        the policy as NumPy code, with a model card
+  sweep SPEC.toml               many runs from one file, here or on a cluster
   bench                         speed on this machine
 
 `qscore COMMAND --help` explains every option; for train, name the algorithm and environment first.
@@ -245,14 +261,11 @@ def _train(args: list[str]) -> None:
     if name not in ALGORITHMS:
         raise UsageError(unknown("algorithm", name, list(ALGORITHMS)))
     kind, environment = ALGORITHMS[name], environment_class(task)
-    preset = getattr(environment, "recommended", {}).get(name)
-    if set(_values(rest, "--dataset")) - {"None"} and "offline" in _presets(kind):
-        preset = "offline"
-    default = kind(**_preset(kind, rest, preset))
-    steps = getattr(environment, "default_steps", Settings.steps)
+    offline = bool(set(_values(rest, "--dataset")) - {"None"})
+    default = kind(**_preset(kind, rest, usual_preset(name, environment, offline=offline)))
     rest = _inline_problem(rest)
     fields = [
-        ("settings", tyro.conf.OmitArgPrefixes[Settings], Settings(steps=steps)),
+        ("settings", tyro.conf.OmitArgPrefixes[Settings], Settings(steps=usual_steps(environment))),
         ("out", Path | None, None),
         ("algorithm", kind, default),
         ("environment", environment, environment(id=task)),
@@ -295,7 +308,7 @@ def _preset(kind: type, args: list[str], usual: str | None) -> dict[str, str]:
 
     One that does not exist is left for the parser to refuse.
     """
-    known = _presets(kind)
+    known = presets(kind)
     asked = [value for value in _values(args, "--algorithm.preset") if value in known]
     asked = asked or ([usual] if usual else [])
     return {"preset": asked[-1]} if asked else {}
@@ -305,11 +318,6 @@ def _values(args: list[str], flag: str) -> list[str]:
     """What follows a flag, as `FLAG VALUE` or `FLAG=VALUE`, at each of its places."""
     words = [word for arg in args for word in arg.split("=", 1)]
     return [value for name, value in itertools.pairwise(words) if name == flag]
-
-
-def _presets(kind: type) -> tuple[str, ...]:
-    """The names of an algorithm's presets; none where it has none."""
-    return get_args(get_type_hints(kind).get("preset"))
 
 
 def _conclude(done: Run) -> None:
@@ -455,6 +463,24 @@ def _export(asked: Export) -> None:
     )
 
 
+def _sweep(asked: Sweep) -> None:
+    done = sweep(asked.spec, resume=asked.resume, retry=asked.retry)
+    if asked.json:
+        print(json.dumps({**done.counts, "failures": done.failures, "out": str(done.folder)}))
+    for task, best in done.counts["best"].items():
+        said = f"{best['return']:.1f} over {best['trials']} trials, {best['configuration']}"
+        print(f"best on {task:<14}{said}", file=sys.stderr)
+    if done.report is not None:
+        print(f"report                {done.report}", file=sys.stderr)
+    if done.failures:
+        for name, message in done.failures.items():
+            print(f"failed: {name}: {message}", file=sys.stderr)
+        raise RunStopped(
+            f"{len(done.failures)} of {done.counts['expected']} trials failed; to try those again: "
+            f"{done.retry}"
+        )
+
+
 def _bench(asked: Bench) -> None:
     for name in asked.algorithm:
         if name not in ALGORITHMS:
@@ -474,6 +500,7 @@ SIMPLE: dict[str, tuple[type, Callable[[Any], None]]] = {
     "plot": (Plot, _plot),
     "report": (Report, _report),
     "export": (Export, _export),
+    "sweep": (Sweep, _sweep),
     "bench": (Bench, _bench),
 }
 

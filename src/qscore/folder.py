@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from qscore.algorithms import ALGORITHMS, algorithm_name
 from qscore.algorithms.base import Algorithm
@@ -164,7 +164,7 @@ class Run:
         words = ["qscore", "train", algorithm_name(self.algorithm)]
         words.append(environment_name(self.environment))
         # what `qscore train` would take for this pair, were nothing else said
-        plain = Settings(steps=getattr(self.environment, "default_steps", Settings.steps))
+        plain = Settings(steps=usual_steps(self.environment))
         for prefix, changed in (
             ("--", differences(self.settings, plain)),
             ("--algorithm.", non_defaults(self.algorithm)),
@@ -214,6 +214,32 @@ def non_defaults(config: Any) -> dict[str, Any]:
     }
     found = differences(config, type(config)(**named))
     return {"preset": config.preset, **found} if "preset" in named else found
+
+
+def absolute(dataset: str | os.PathLike) -> str:
+    """The full path of a file or folder, so that any place can resume the run; an id as it is."""
+    path = Path(dataset)
+    return str(path.resolve() if path.exists() else dataset)
+
+
+def usual_steps(environment: Environment | type) -> int:
+    """The steps of a run on an environment, unless it is told otherwise."""
+    return getattr(environment, "default_steps", Settings.steps)
+
+
+def usual_preset(algorithm: str, environment: Environment | type, *, offline: bool) -> str | None:
+    """The preset of an algorithm on an environment, unless it is told otherwise; None is its own.
+
+    On a data set it is the one made for that, where there is one.
+    """
+    if offline and "offline" in presets(ALGORITHMS[algorithm]):
+        return "offline"
+    return getattr(environment, "recommended", {}).get(algorithm)
+
+
+def presets(algorithm: type) -> tuple[str, ...]:
+    """The names of an algorithm's presets; none where it has none."""
+    return get_args(get_type_hints(algorithm).get("preset"))
 
 
 def environment_name(environment: Environment) -> str:

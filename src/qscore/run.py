@@ -31,6 +31,7 @@ from qscore.errors import Interrupted, RunStopped, TrainingDiverged, UsageError
 from qscore.folder import (
     Run,
     Settings,
+    absolute,
     as_usage_error,
     environment_name,
     installed_versions,
@@ -87,7 +88,7 @@ def train(
     settings = as_usage_error(
         lambda: Settings(
             steps=steps,
-            dataset=None if dataset is None else _absolute(dataset),
+            dataset=None if dataset is None else absolute(dataset),
             online_steps=online_steps,
             seeds=seeds,
             seed_start=seed_start,
@@ -99,7 +100,7 @@ def train(
         )
     )
     rows = task.num_envs
-    settings = _fill(settings, task)
+    settings = filled(settings, task)
     _check_multiples(settings, rows)
     if algorithm.warmup_steps >= steps and dataset is None and progress:
         print(
@@ -165,7 +166,18 @@ def resume(folder: str | os.PathLike, *, steps: int | None = None, progress: boo
     return run
 
 
-def _fill(settings: Settings, task: Environment) -> Settings:
+def check(algorithm: Algorithm, environment: Environment, settings: Settings) -> Settings:
+    """All that `train` would refuse, without an `out`. The settings with what was left open.
+
+    Raises `UsageError`.
+    """
+    settings = filled(settings, environment)
+    _check_multiples(settings, environment.num_envs)
+    _load_data(settings, algorithm, environment)
+    return settings
+
+
+def filled(settings: Settings, task: Environment) -> Settings:
     """The settings that were left open. Our own environments are cut at whole chunks."""
     ours = isinstance(task, SDEEnvironment)
     unit = chunk_steps(task) if ours else task.num_envs
@@ -176,12 +188,6 @@ def _fill(settings: Settings, task: Environment) -> Settings:
         log_every = unit if ours else -(-LOG_EVERY // unit) * unit
         settings = dataclasses.replace(settings, log_every=log_every)
     return settings
-
-
-def _absolute(dataset: str | os.PathLike) -> str:
-    """The full path of a file or folder, so that any place can resume the run; an id as it is."""
-    path = Path(dataset)
-    return str(path.resolve() if path.exists() else dataset)
 
 
 def _load_data(
@@ -311,7 +317,7 @@ class _Loop:
         """From wherever the sessions are to the end."""
         try:
             with (
-                _interruptible() as interrupted,
+                interruptible() as interrupted,
                 ThreadPoolExecutor(len(self.sessions)) as training,
                 ThreadPoolExecutor(len(self.sessions)) as evaluating,
                 ThreadPoolExecutor(1) as writing,  # left last: what is under way is finished
@@ -537,7 +543,7 @@ class _Loop:
 
 
 @contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
+def interruptible() -> Iterator[Callable[[], bool]]:
     """Turn the first SIGINT or SIGTERM into a flag; the second one acts as usual."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -1,0 +1,163 @@
+"""Sweeps: many training runs from one file, on this machine or on a cluster."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qscore import run
+from qscore.errors import Interrupted, UsageError
+from qscore.folder import Run, differences
+from qscore.report import report
+from qscore.sweep import local
+from qscore.sweep.board import Board, read_trials
+from qscore.sweep.spec import Sweep, Trial, parse
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a sweep ended."""
+
+    folder: Path
+    counts: dict[str, Any]
+    """Trials by stage, and the best on every environment."""
+    failures: dict[str, str]
+    """Why each failed trial did."""
+    retry: str
+    """The command that tries those again."""
+    report: Path | None
+    """The page that compares the runs; None where no trial was evaluated."""
+
+
+def sweep(
+    spec: Path | str, *, resume: bool = False, retry: bool = False, progress: bool = True
+) -> Outcome:
+    """Carry out the sweep that a TOML file describes (`qscore.sweep.spec`).
+
+    Every trial is an ordinary run in a folder under the sweep's; its numbers are those of the same
+    command by hand on as many cores. With `resume`, what has ended is not repeated and what was cut
+    short goes on from its checkpoint; with `retry`, trials that failed are tried again as well.
+
+    Raises `UsageError` before anything starts where something is wrong with the file, or with the
+    machines; and `Interrupted` after a signal, once every trial has written a checkpoint. A trial
+    that fails is in `Outcome.failures`, and no exception.
+    """
+    path = Path(spec)
+    asked = _read(path)
+    engine = _engine(asked)
+    again = f"qscore sweep {path} --resume"
+    if retry and not resume:
+        raise UsageError("`--retry` is of what an earlier sitting left; it needs `--resume`.")
+    if asked.out.exists() and not resume and (not asked.out.is_dir() or any(asked.out.iterdir())):
+        raise UsageError(
+            f"`out` is {asked.out}, which exists and is not an empty folder; to go on with the "
+            f"sweep in it: {again}"
+        )
+    if resume and not (asked.out / "trials.jsonl").is_file():
+        raise UsageError(f"there is no sweep in {asked.out} to go on with.")
+    for trial in asked.trials:
+        _check_same(trial, asked.out / trial.name)
+    with engine.ready(asked):  # before JAX has threads, beside which Ray cannot start processes
+        _check_trials(asked.trials)
+        try:
+            asked.out.mkdir(parents=True, exist_ok=True)
+            (asked.out / "sweep.toml").write_text(asked.text)
+        except OSError as error:
+            raise UsageError(f"cannot write to `out`, {asked.out}: {error}.") from error
+        board = _board(asked, retry=retry, screen=progress)
+        try:
+            with run.interruptible() as stopping:
+                todo = [board.entries[name].trial for name in board.names("waiting")]
+                engine.run(asked, todo, board, stopping)
+                if stopping():
+                    raise Interrupted(f"interrupted, checkpoints written; continue with: {again}")
+        finally:
+            board.close()
+    return Outcome(
+        asked.out,
+        board.counts(),
+        {name: board.entries[name].message for name in board.names("failed")},
+        f"{again} --retry",
+        _report(asked.out, board),
+    )
+
+
+def _read(path: Path) -> Sweep:
+    """The sweep in a file; the file as a name in messages is as it was given."""
+    try:
+        return parse(path.read_text(), str(path))
+    except OSError as error:
+        raise UsageError(f"cannot read the sweep {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not a text file.") from error
+
+
+def _board(asked: Sweep, *, retry: bool, screen: bool) -> Board:
+    """The state of the trials, with what an earlier sitting wrote of them."""
+    if not asked.adaptive:
+        board = Board(asked.out, asked.trials, len(asked.trials), screen=screen)
+    else:
+        assert asked.search is not None
+        board = Board(asked.out, [], asked.search.samples, screen=screen)
+        for row in read_trials(asked.out):
+            board.add(asked.make(row["chosen"]))
+    board.recall(retry=retry)
+    return board
+
+
+def _engine(asked: Sweep) -> Any:
+    if asked.engine == "local":
+        return local
+    try:
+        from qscore.sweep import cluster
+    except ImportError as error:
+        raise UsageError(
+            "engine = 'ray' needs Ray: pip install 'qscore[sweep]' (or `uv sync --extra sweep`)."
+        ) from error
+    return cluster
+
+
+def _check_trials(trials: list[Trial]) -> None:
+    """Refuse now what the trials would refuse later. Those that differ in their seeds alone, or in
+
+    fields that decide nothing here, are alike.
+    """
+    seen = set()
+    for trial in trials:
+        settings = dataclasses.replace(trial.settings, seed_start=0)
+        key = (trial.environment, settings, trial.algorithm.replay_capacity)
+        if key not in seen:
+            seen.add(key)
+            try:
+                run.check(trial.algorithm, trial.environment, settings)
+            except UsageError as error:
+                raise UsageError(f"{trial.name}: {error}") from error
+
+
+def _check_same(trial: Trial, folder: Path) -> None:
+    """Refuse to go on with a run that is not the one asked for."""
+    if not (folder / "config.json").is_file():
+        return
+    found = Run.open(folder)
+    settings = run.filled(trial.settings, trial.environment)
+    for name, there, asked in (
+        ("algorithm", found.algorithm, trial.algorithm),
+        ("environment", found.environment, trial.environment),
+        ("settings", found.settings, settings),
+    ):
+        if there != asked:
+            said = ", ".join(
+                f"`{field}` {value!r}, not {getattr(asked, field)!r}"
+                for field, value in differences(there, asked).items()
+            )
+            raise UsageError(f"{folder} was begun with another {name}: {said}.")
+
+
+def _report(folder: Path, board: Board) -> Path | None:
+    """Compare the runs that have been evaluated."""
+    runs = [folder / name for name, entry in board.entries.items() if entry.value is not None]
+    if not runs:
+        return None
+    out = folder / "report.html"
+    report(runs, out, films=False)
+    return out

@@ -1,0 +1,54 @@
+"""The engine of one machine: so many processes at a time."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+from qscore.errors import UsageError
+from qscore.sweep.board import Board
+from qscore.sweep.process import carry_out
+from qscore.sweep.spec import Sweep, Trial
+
+
+def cores_here() -> int:
+    """The cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+@contextmanager
+def ready(sweep: Sweep) -> Iterator[None]:
+    """Raises `UsageError` where this machine cannot do what is asked."""
+    if sweep.resources.cores > cores_here():
+        raise UsageError(
+            f"`resources.cores` is {sweep.resources.cores}; this process may use {cores_here()}."
+        )
+    for name in ("gpus", "address"):
+        if getattr(sweep.resources, name):
+            raise UsageError(f"`resources.{name}` is for engine = 'ray'.")
+    yield
+
+
+def run(sweep: Sweep, todo: Sequence[Trial], board: Board, stopping: Callable[[], bool]) -> None:
+    """Do the trials, in their order, as long as not too many have failed."""
+
+    def one(trial: Trial) -> None:
+        if stopping() or board.hopeless(sweep.failures.most):
+            return
+        folder = sweep.out / trial.name
+        board.begun(trial.name)
+        state, message = carry_out(
+            trial.command(folder),
+            folder,
+            cores=sweep.resources.cores,
+            retries=sweep.failures.retries,
+            report=lambda evaluation: board.evaluated(trial.name, evaluation),
+            stopping=stopping,
+        )
+        board.ended(trial.name, "interrupted" if state == "stopped" else state, message)
+
+    workers = sweep.resources.workers or cores_here() // sweep.resources.cores
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in pool.map(one, todo):
+            pass

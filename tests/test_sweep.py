@@ -1,0 +1,380 @@
+"""Sweeps: what a file stands for, what is refused, and that every trial is an ordinary run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import qscore as qs
+from qscore.environments import LQ
+from qscore.sweep.spec import Dimension, parse
+
+GRID = """
+algorithms = ["qsm", "td3"]
+environments = ["Pendulum-v1", "lq"]
+seeds = [3, 4, 7]
+
+[settings]
+steps = 500
+
+[algorithm]
+batch_size = 32
+
+[algorithm.td3]
+policy_delay = 1
+
+[environment.lq]
+dt = 0.05
+
+[grid]
+"algorithm.qsm.hidden" = [[8], [16, 16]]
+"settings.eval_episodes" = [1, 2]
+"""
+
+
+def test_a_grid_is_every_combination_with_every_seed():
+    trials = {trial.name: trial for trial in parse(GRID, "g.toml").trials}
+    assert len(trials) == 2 * (2 * 2 + 2) * 3
+    trial = trials["Pendulum-v1-qsm-hidden=16x16-eval_episodes=2/seed-7"]
+    assert trial.algorithm == qs.QSM(batch_size=32, hidden=(16, 16))
+    assert trial.environment == qs.Host("Pendulum-v1")
+    settings = trial.settings
+    assert (settings.steps, settings.eval_episodes) == (500, 2)
+    assert settings.seed_list == [7]
+    other = trials["lq-td3-eval_episodes=1/seed-3"]
+    assert other.algorithm == qs.TD3(batch_size=32, policy_delay=1)
+    assert other.environment == LQ(id="lq", dt=0.05)
+
+
+def test_a_trial_is_the_command_by_hand():
+    text = 'algorithms = ["cqsm", "td3"]\nenvironments = ["lq"]\nseeds = 4\nseeds_per_trial = 2'
+    cqsm, more, *_ = parse(text, "g.toml").trials
+    assert (cqsm.name, more.name) == ("lq-cqsm/seed-0-to-1", "lq-cqsm/seed-2-to-3")
+    assert cqsm.algorithm == qs.CQSM(preset="linear_quadratic")  # as `qscore train cqsm lq`
+    assert cqsm.settings.steps == LQ.default_steps
+    words = more.command(Path("out"))
+    assert words[:4] == ["qscore", "train", "cqsm", "lq"]
+    for flag, value in (("--seed-start", "2"), ("--seeds", "2"), ("--out", "out")):
+        assert words[words.index(flag) + 1] == value
+
+
+def test_whole_numbers_stand_for_real_ones():
+    text = 'algorithms = ["qsm"]\nenvironments = ["lq"]\n[algorithm]\nscore_scale = 30'
+    (trial,) = parse(text, "g.toml").trials
+    assert isinstance(trial.algorithm, qs.QSM) and type(trial.algorithm.score_scale) is float
+
+
+SEARCH = """
+algorithms = ["qsm"]
+environments = ["Pendulum-v1"]
+[search]
+samples = 40
+seed = 1
+[search.space]
+"algorithm.actor_lr" = { low = 1e-5, high = 1e-2, log = true }
+"algorithm.noise_levels" = { low = 2, high = 4 }
+"algorithm.hidden" = { choices = [[8], [16]] }
+"""
+
+
+def test_a_random_search_draws_from_its_space_the_same_every_time():
+    algorithms = [trial.algorithm for trial in parse(SEARCH, "s.toml").trials]
+    assert algorithms == [trial.algorithm for trial in parse(SEARCH, "s.toml").trials]
+    rates = np.log10([a.actor_lr for a in algorithms])
+    assert -5 < rates.min() < -4.5 and -2.5 < rates.max() < -2
+    assert {a.noise_levels for a in algorithms} == {2, 3, 4}
+    assert {a.hidden for a in algorithms} == {(8,), (16,)}
+    other = parse(SEARCH.replace("seed = 1", "seed = 2"), "s.toml").trials
+    assert algorithms != [trial.algorithm for trial in other]
+
+
+def test_ranges_of_whole_numbers_reach_both_ends_evenly():
+    draws = [Dimension(low=1, high=3).draw(np.random.default_rng(i)) for i in range(900)]
+    assert all(250 < draws.count(value) < 350 for value in (1, 2, 3))
+
+
+def changed(old: str, new: str) -> str:
+    assert old in GRID
+    return GRID.replace(old, new)
+
+
+BAD = {
+    "not TOML": (GRID + "x = [", "is not valid TOML"),
+    "unknown name": (changed("seeds", "seed"), r"line 4: unknown name 'seed'. Known: algorithms"),
+    "unknown algorithm": (changed('"td3"]', '"td4"]'), "line 2: unknown algorithm 'td4'"),
+    "unknown field": (changed("batch_size", "batch"), "line 10: `QSM` has no field 'batch'"),
+    "unknown setting": (changed("steps = 500", "step = 5"), "line 7: `Settings` has no field"),
+    "unknown field in the grid": (
+        changed("algorithm.qsm.hidden", "algorithm.qsm.hiden"),
+        "line 19: `QSM` has no field 'hiden'",
+    ),
+    "no such place": (changed("algorithm.qsm.h", "algorithm.sac.h"), "line 19: .* names no field"),
+    "bad value": (changed("[8]", "[0]"), r"line 19: `hidden` must lie in \[1, inf\)"),
+    "empty axis": (changed("[1, 2]", "[]"), "line 20: .* must be a list of at least one"),
+    "repeated value": (changed("[1, 2]", "[2, 2]"), "line 20: 2 is listed twice"),
+    "repeated name": (changed('"td3"]', '"qsm"]'), "line 2: 'qsm' is listed twice"),
+    "another's table": (changed("[algorithm.td3]", "[algorithm.sac]"), "line 12: no algorithm"),
+    "no seed": (changed("[3, 4, 7]", "0"), "line 4: `seeds` must be how many"),
+    "seeds apart": (
+        changed("[3, 4, 7]", "[3, 4, 7]\nseeds_per_trial = 3"),
+        r"line 5: the seeds of one trial must follow each other; got \[3, 4, 7\]",
+    ),
+    "seeds in the wrong place": (changed("steps = 500", "seeds = 2"), "line 7: seeds are set by"),
+    "unknown engine": ('engine = "slurm"\n' + GRID, "line 1: `engine` must be 'local' or 'ray'"),
+    "no list": (changed('["Pendulum-v1", "lq"]', '"lq"'), "line 3: .* must be a list"),
+    "no environment": (changed('["Pendulum-v1", "lq"]', "[]"), "line 3: .* of at least one"),
+    "both": (GRID + "[search]\nsamples = 2\n[search.space]\n'algorithm.batch_size' = "
+             "{low=1, high=2}", r"line 18: give either \[grid\] or \[search\]"),
+    "optuna here": (
+        SEARCH.replace("samples = 40", 'samples = 4\nsampler = "optuna"'),
+        "line 6: `sampler` 'optuna' needs engine = 'ray'",
+    ),
+    "bounds": (SEARCH.replace("low = 2", "low = 9"), "line 9: `low` must be below `high`"),
+    "half a range": (SEARCH.replace("low = 2, ", ""), "line 9: give either `low` and `high`"),
+    "beyond": (SEARCH.replace("high = 4", "high = 4_000"), "line 9: `noise_levels` must lie"),
+    "no samples": (SEARCH.replace("samples = 40", ""), r"line 4: \[search\] lacks `samples`"),
+    "early here": (GRID + "[stop_early]\ngrace = 10", r"line 21: \[stop_early\] needs engine"),
+    "resources": (GRID + "[resources]\ncores = 0", r"line 22: `cores` must lie in \[1, inf\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "message"), BAD.values(), ids=list(BAD))
+def test_a_bad_file_is_refused_with_its_line(text, message):
+    with pytest.raises(qs.UsageError, match=message):
+        parse(text, "g.toml")
+
+
+TASKS = '''
+"""Tasks that misbehave; each is otherwise the same as Fine."""
+import os, signal, time
+import gymnasium as gym
+import numpy as np
+from pathlib import Path
+
+class Fine(gym.Env):
+    observation_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+    action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
+    taken = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.point = self.np_random.uniform(-0.5, 0.5)
+        return np.array([self.point, 1.0], np.float32), {}
+
+    def step(self, action):
+        self.taken += 1
+        self.trouble()
+        self.point = float(np.clip(self.point + 0.1 * float(action[0]), -1.0, 1.0))
+        return np.array([self.point, 1.0], np.float32), -self.point**2, False, False, {}
+
+    def trouble(self):
+        pass
+
+class Breaks(Fine):
+    def trouble(self):
+        if self.taken > 70:
+            raise OSError("the sensor is unplugged")
+
+class Dies(Fine):  # once, as if the system had run out of memory
+    def trouble(self):
+        marker = Path(os.environ["SWEEP_MARKER"])
+        if self.taken == 150 and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+class Slow(Fine):
+    def trouble(self):
+        time.sleep(0.02)
+
+for kind in (Fine, Breaks, Dies, Slow):
+    gym.register(f"{kind.__name__}-v0", entry_point=kind, max_episode_steps=10)
+'''
+
+SWEEP = """
+out = "{out}"
+algorithms = ["td3"]
+environments = {environments}
+seeds = {seeds}
+[settings]
+steps = 300
+eval_every = 100
+eval_episodes = 2
+[algorithm]
+hidden = [4]
+batch_size = 4
+warmup_steps = 50
+[resources]
+workers = {workers}
+"""
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """The environment in which processes find the tasks above; this process does, too."""
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "sweep_tasks.py").write_text(TASKS)
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "SWEEP_MARKER": str(folder / "died"),
+    }
+
+
+def write(folder: Path, *names: str, seeds: int = 1, workers: int = 2, more: str = "") -> Path:
+    """A file that asks for a sweep over some of the tasks."""
+    environments = json.dumps([f"sweep_tasks:{name}-v0" for name in names])
+    path = folder / "sweep.toml"
+    out = folder / "out"
+    text = SWEEP.format(out=out, environments=environments, seeds=seeds, workers=workers)
+    path.write_text(more + text)
+    return path
+
+
+def qscore(environ, *args, **kwargs) -> subprocess.CompletedProcess:
+    """The command line, in a process of its own."""
+    command = [sys.executable, "-m", "qscore", *map(str, args)]
+    return subprocess.run(command, env=environ, capture_output=True, text=True, **kwargs)
+
+
+def figures(folder: Path) -> dict:
+    """What must not depend on how a run came about."""
+    summary = json.loads((folder / "summary.json").read_text())
+    return {k: v for k, v in summary.items() if "second" not in k and k != "environment"}
+
+
+@pytest.fixture(scope="module")
+def alone(tasks, tmp_path_factory):
+    """The run by hand, on one core."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    command = "--steps 300 --eval-every 100 --eval-episodes 2 --algorithm.hidden 4"
+    command += " --algorithm.batch-size 4 --algorithm.warmup-steps 50"
+    words = ["train", "td3", "sweep_tasks:Fine-v0", *command.split(), "--out", str(folder)]
+    program = (
+        f"import os; os.sched_setaffinity(0, {{0}}); from qscore.cli import main; main({words})"
+    )
+    subprocess.run([sys.executable, "-c", program], env=tasks, check=True, capture_output=True)
+    return figures(folder)
+
+
+@pytest.mark.slow
+def test_a_trial_that_fails_takes_no_other_with_it(tasks, alone, tmp_path):
+    path = write(tmp_path, "Fine", "Breaks", "Dies")
+    done = qscore(tasks, "sweep", path, "--json")
+    assert done.returncode == 1, done.stderr
+    result, out = json.loads(done.stdout), tmp_path / "out"
+    assert (result["done"], result["failed"], result["expected"]) == (2, 1, 3)
+    ((name, message),) = result["failures"].items()
+    assert name == "sweep_tasks_Breaks-v0-td3/seed-0" and "the sensor is unplugged" in message
+    assert f"failed: {name}: " in done.stderr
+    assert f"qscore sweep {path} --resume --retry" in done.stderr
+    assert "1 of 3 trials failed" in done.stderr and (out / "report.html").is_file()
+    for task in ("Fine", "Dies"):  # the second one was killed once, and went on
+        assert figures(out / f"sweep_tasks_{task}-v0-td3" / "seed-0") == alone
+    assert Path(tasks["SWEEP_MARKER"]).exists()
+    rows = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows if row["trial"] == name] == ["running", "failed"]
+    last = json.loads((out / "progress.jsonl").read_text().splitlines()[-1])
+    assert "sweep_tasks:Fine-v0" in last["best"] and last["failed"] == 1
+
+    again = qscore(tasks, "sweep", path, "--resume")  # what failed is left alone
+    assert again.returncode == 1 and len((out / "trials.jsonl").read_text().splitlines()) == len(
+        rows
+    )
+    refused = qscore(tasks, "sweep", path)
+    assert refused.returncode == 2 and "--resume" in refused.stderr
+    path.write_text(path.read_text().replace("batch_size = 4", "batch_size = 8"))
+    refused = qscore(tasks, "sweep", path, "--resume")
+    assert refused.returncode == 2 and "`batch_size` 4, not 8" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_driver_was_killed_is_finished(tasks, alone, tmp_path):
+    path, out = write(tmp_path, "Fine", "Slow", workers=1), tmp_path / "out"
+    command = [sys.executable, "-m", "qscore", "sweep", str(path)]
+    with subprocess.Popen(command, env=tasks, stderr=subprocess.DEVNULL) as driver:
+        slow = out / "sweep_tasks_Slow-v0-td3" / "seed-0"
+        until(lambda: (slow / "checkpoints" / "100").is_dir())
+        driver.kill()
+    fine = out / "sweep_tasks_Fine-v0-td3" / "seed-0" / "summary.json"
+    written = fine.stat().st_mtime_ns
+    done = qscore(tasks, "sweep", path, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert figures(slow) == figures(fine.parent) == alone
+    assert fine.stat().st_mtime_ns == written  # it was not repeated
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_writes_checkpoints(tasks, alone, tmp_path):
+    path, out = write(tmp_path, "Slow"), tmp_path / "out"
+    command = [sys.executable, "-m", "qscore", "sweep", str(path)]
+    slow = out / "sweep_tasks_Slow-v0-td3" / "seed-0"
+    with subprocess.Popen(command, env=tasks, stderr=subprocess.PIPE, text=True) as driver:
+        until(lambda: (slow / "checkpoints" / "100").is_dir())
+        driver.send_signal(signal.SIGINT)
+        _, said = driver.communicate(timeout=120)
+    assert driver.returncode == 130 and f"qscore sweep {path} --resume" in said
+    assert not (slow / "summary.json").exists()
+    rows = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
+    assert rows[-1]["stage"] == "interrupted"
+    assert qscore(tasks, "sweep", path, "--resume").returncode == 0
+    assert figures(slow) == alone
+
+
+def until(condition, seconds: float = 180.0) -> None:
+    """Wait for something to become true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about in time"
+        time.sleep(0.05)
+
+
+CLUSTER = """
+import json, sys, threading, time
+from pathlib import Path
+import ray
+from ray.cluster_utils import Cluster
+from qscore.sweep import sweep
+
+spec, out = Path(sys.argv[1]), Path(sys.argv[2])
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+other = cluster.add_node(num_cpus=1)
+ray.init(cluster.address, log_to_driver=False)
+slow = out / "sweep_tasks_Slow-v0-td3"
+
+def lose_a_node():
+    while not all((slow / f"seed-{i}" / "checkpoints" / "100").is_dir() for i in (0, 1)):
+        time.sleep(0.05)
+    cluster.remove_node(other, allow_graceful=False)
+
+threading.Thread(target=lose_a_node, daemon=True).start()
+outcome = sweep(spec, progress=False)
+print(json.dumps(outcome.counts | {"failures": outcome.failures}))
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_a_node_that_is_lost_changes_nothing(tasks, alone, tmp_path):
+    pytest.importorskip("ray", reason="Ray, the extra `sweep`, is not installed")
+    ray = 'engine = "ray"\n'
+    path, out = write(tmp_path, "Slow", seeds=2, more=ray), tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-c", CLUSTER, str(path), str(out)],
+        env=tasks,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["done"], result["failures"]) == (2, {})
+    rows = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows].count("running") == 3  # one of the two began again
+    assert figures(out / "sweep_tasks_Slow-v0-td3" / "seed-0") == alone
