@@ -1,19 +1,25 @@
 """Sweeps: what a file stands for, what is refused, and that every trial is an ordinary run."""
 
+import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import qscore as qs
 from qscore.environments import LQ
-from qscore.sweep.spec import Dimension, parse
+from qscore.sweep import sweep
+from qscore.sweep.board import Board, Stage, read_trials
+from qscore.sweep.process import Evaluation
+from qscore.sweep.spec import Dimension, Failures, Resources, parse
 
 GRID = """
 algorithms = ["qsm", "td3"]
@@ -64,6 +70,19 @@ def test_a_trial_is_the_command_by_hand():
         assert words[words.index(flag) + 1] == value
 
 
+def test_the_files_of_the_documentation_are_in_order():
+    page = (Path(__file__).parents[1] / "docs" / "sweep.md").read_text()
+    counts = [
+        len(parse(text, "d.toml").trials) for text in re.findall(r"```toml\n(.*?)```", page, re.S)
+    ]
+    assert counts == [24, 60, 10, 2]
+    assert page.count("`[resources]`") and all(
+        f"| `{field.name}` |" in page
+        for kind in (Resources, Failures)
+        for field in dataclasses.fields(kind)
+    )
+
+
 def test_whole_numbers_stand_for_real_ones():
     text = 'algorithms = ["qsm"]\nenvironments = ["lq"]\n[algorithm]\nscore_scale = 30'
     (trial,) = parse(text, "g.toml").trials
@@ -84,7 +103,7 @@ seed = 1
 
 
 def test_a_random_search_draws_from_its_space_the_same_every_time():
-    algorithms = [trial.algorithm for trial in parse(SEARCH, "s.toml").trials]
+    algorithms: list[Any] = [trial.algorithm for trial in parse(SEARCH, "s.toml").trials]
     assert algorithms == [trial.algorithm for trial in parse(SEARCH, "s.toml").trials]
     rates = np.log10([a.actor_lr for a in algorithms])
     assert -5 < rates.min() < -4.5 and -2.5 < rates.max() < -2
@@ -250,16 +269,17 @@ def figures(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def alone(tasks, tmp_path_factory):
-    """The run by hand, on one core."""
-    folder = tmp_path_factory.mktemp("alone") / "run"
+    """The runs by hand, on one core: of seed 0 and of seed 1."""
+    folder = tmp_path_factory.mktemp("alone")
     command = "--steps 300 --eval-every 100 --eval-episodes 2 --algorithm.hidden 4"
     command += " --algorithm.batch-size 4 --algorithm.warmup-steps 50"
-    words = ["train", "td3", "sweep_tasks:Fine-v0", *command.split(), "--out", str(folder)]
-    program = (
-        f"import os; os.sched_setaffinity(0, {{0}}); from qscore.cli import main; main({words})"
-    )
-    subprocess.run([sys.executable, "-c", program], env=tasks, check=True, capture_output=True)
-    return figures(folder)
+    for seed in ("0", "1"):
+        words = ["train", "td3", "sweep_tasks:Fine-v0", *command.split()]
+        words += ["--seed-start", seed, "--out", str(folder / seed)]
+        program = "import os; os.sched_setaffinity(0, {0}); from qscore import cli; "
+        program += f"cli.main({words})"
+        subprocess.run([sys.executable, "-c", program], env=tasks, check=True, capture_output=True)
+    return [figures(folder / seed) for seed in ("0", "1")]
 
 
 @pytest.mark.slow
@@ -275,7 +295,7 @@ def test_a_trial_that_fails_takes_no_other_with_it(tasks, alone, tmp_path):
     assert f"qscore sweep {path} --resume --retry" in done.stderr
     assert "1 of 3 trials failed" in done.stderr and (out / "report.html").is_file()
     for task in ("Fine", "Dies"):  # the second one was killed once, and went on
-        assert figures(out / f"sweep_tasks_{task}-v0-td3" / "seed-0") == alone
+        assert figures(out / f"sweep_tasks_{task}-v0-td3" / "seed-0") == alone[0]
     assert Path(tasks["SWEEP_MARKER"]).exists()
     rows = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
     assert [row["stage"] for row in rows if row["trial"] == name] == ["running", "failed"]
@@ -305,7 +325,7 @@ def test_a_sweep_whose_driver_was_killed_is_finished(tasks, alone, tmp_path):
     written = fine.stat().st_mtime_ns
     done = qscore(tasks, "sweep", path, "--resume")
     assert done.returncode == 0, done.stderr
-    assert figures(slow) == figures(fine.parent) == alone
+    assert figures(slow) == figures(fine.parent) == alone[0]
     assert fine.stat().st_mtime_ns == written  # it was not repeated
 
 
@@ -323,7 +343,7 @@ def test_an_interrupted_sweep_writes_checkpoints(tasks, alone, tmp_path):
     rows = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
     assert rows[-1]["stage"] == "interrupted"
     assert qscore(tasks, "sweep", path, "--resume").returncode == 0
-    assert figures(slow) == alone
+    assert figures(slow) == alone[0]
 
 
 def until(condition, seconds: float = 180.0) -> None:
@@ -377,4 +397,63 @@ def test_a_node_that_is_lost_changes_nothing(tasks, alone, tmp_path):
     assert (result["done"], result["failures"]) == (2, {})
     rows = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
     assert [row["stage"] for row in rows].count("running") == 3  # one of the two began again
-    assert figures(out / "sweep_tasks_Slow-v0-td3" / "seed-0") == alone
+    slow = out / "sweep_tasks_Slow-v0-td3"
+    assert [figures(slow / f"seed-{i}") for i in (0, 1)] == alone
+
+
+OPTUNA = 'engine = "ray"\n' + SEARCH.replace("samples = 40", 'samples = 12\nsampler = "optuna"')
+
+
+def test_optuna_learns_from_what_an_earlier_sitting_did(tmp_path):
+    cluster = pytest.importorskip("qscore.sweep.cluster", reason="Ray is not installed")
+    asked = parse(OPTUNA, "o.toml")
+    resolve = cluster._chosen(asked)
+    board = Board(tmp_path, [], 12, screen=False)
+    searcher, left = cluster._optuna(asked, board)
+    assert left == 12
+    first = [resolve(searcher.suggest(str(i))) for i in range(3)]
+    assert len({trial.name for trial in first}) == 3
+    ends: list[tuple[Stage, float | None]] = [
+        ("done", -1.0),
+        ("interrupted", None),
+        ("failed", None),
+    ]
+    for trial, (stage, value) in zip(first, ends, strict=True):
+        board.add(trial)
+        board.begun(trial.name)
+        if value is not None:
+            board.evaluated(trial.name, Evaluation(100, value))
+        board.ended(trial.name, stage)
+    board.close()
+
+    again = Board(tmp_path, [], 12, screen=False)
+    for row in read_trials(tmp_path):
+        again.add(asked.make(row["chosen"]))
+    again.recall(retry=False)
+    searcher, left = cluster._optuna(asked, again)
+    again.close()
+    assert left == 10  # of what has ended, two
+    assert resolve(searcher.suggest("a")) == first[1]  # what was cut short comes first
+    (told,) = [each for each in searcher._ot_study.get_trials() if each.value is not None]
+    levels: Any = first[0].algorithm
+    assert (told.value, told.params["algorithm.noise_levels"]) == (-1.0, levels.noise_levels)
+
+
+def test_a_sweep_never_writes_into_what_is_there(tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text(f'out = "{tmp_path}"\nalgorithms = ["sac"]\nenvironments = ["Pendulum-v1"]')
+    with pytest.raises(qs.UsageError, match="exists and is not an empty folder; to go on .*resume"):
+        sweep(path)
+    with pytest.raises(qs.UsageError, match="there is no sweep in .* to go on with"):
+        sweep(path, resume=True)
+    with pytest.raises(qs.UsageError, match="needs `--resume`"):
+        sweep(path, retry=True)
+    path.write_text('algorithms = ["sac"]\nenvironments = ["Pendulm-v1"]\nout = "new"')
+    with pytest.raises(qs.UsageError, match="Pendulm-v1-sac/seed-0: .*Pendulum-v1"):
+        sweep(path)
+    path.write_text(path.read_text().replace("Pendulm", "Pendulum") + "\n[resources]\ncores = 999")
+    with pytest.raises(qs.UsageError, match="`resources.cores` is 999; this process may use"):
+        sweep(path)
+    with pytest.raises(qs.UsageError, match="cannot read the sweep"):
+        sweep(tmp_path / "none.toml")
+    assert os.listdir(tmp_path) == ["s.toml"] and not Path("new").exists()

@@ -17,21 +17,25 @@ from typing import Any
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the sweep has a table of its own,
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the runs have their own logs,
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # and the sweep stops its trials itself
+# a trial that fails at once has no return to report
+os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
 
+import optuna
 import ray
 from ray import tune
 from ray.exceptions import GetTimeoutError, RayError
+from ray.tune.error import TuneError
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from qscore.errors import UsageError
+from qscore.errors import RunStopped, UsageError
 from qscore.folder import installed_versions
 from qscore.sweep.board import Board
 from qscore.sweep.local import cores_here
 from qscore.sweep.process import Attempt, Evaluation, wait
-from qscore.sweep.spec import Dimension, Sweep, Trial
+from qscore.sweep.spec import Dimension, Sweep, Trial, rounded
 
 ANSWER_SECONDS = 120.0
 """How long a node may take to answer."""
@@ -46,29 +50,34 @@ Config = dict[str, Any]
 class TrialOfTune(tune.Trainable):
     """One trial in Tune's terms; a step ends with an evaluation, or with the trial."""
 
+    attempt: Attempt | None = None
+
     def setup(self, config: Config, begin: Callable[[Config], Attempt]) -> None:
         self.begin = begin
-        self.attempt = begin(config)
+        self.reset_config(config)
 
     def reset_config(self, new_config: Config) -> bool:
         """Do the next trial: starting a process of Ray's for each would take longer than some."""
         self.cleanup()
         self.attempt = self.begin(new_config)
+        self.found: dict[str, Any] = {}
         return True
 
     def step(self) -> dict[str, Any]:
-        news = wait(self.attempt)
-        found = {} if news is None else {"env_steps": news.step, "value": news.value}
+        assert self.attempt is not None
+        if (news := wait(self.attempt)) is not None:
+            self.found = {"env_steps": news.step, "value": news.value}
         state = self.attempt.state()
         if state == "lost":
             raise RuntimeError(self.attempt.message())
         if state == "running":
-            return found
+            return self.found
         message = self.attempt.message() if state == "failed" else ""
-        return found | {"done": True, "stage": state, "message": message}
+        return self.found | {"done": True, "stage": state, "message": message}
 
     def cleanup(self) -> None:
-        self.attempt.stop()
+        if self.attempt is not None:
+            self.attempt.stop()
 
 
 class Unkept:
@@ -233,7 +242,7 @@ def run(sweep: Sweep, todo: Sequence[Trial], board: Board, stopping: Callable[[]
         return Attempt(trial.command(out / trial.name), out / trial.name, cores, environ)
 
     trainable = tune.with_parameters(TrialOfTune, begin=begin)
-    tune.Tuner(
+    tuner = tune.Tuner(
         tune.with_resources(
             trainable, {"cpu": resources.cores * resources.share, "gpu": resources.gpus}
         ),
@@ -257,7 +266,11 @@ def run(sweep: Sweep, todo: Sequence[Trial], board: Board, stopping: Callable[[]
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
         ),
-    ).fit()
+    )
+    try:
+        tuner.fit()
+    except TuneError as error:
+        raise RunStopped(f"Ray Tune ended: {str(error).strip().splitlines()[-1]}") from error
 
 
 def _named(trials: dict[str, Trial]) -> Callable[[Config], Trial]:
@@ -266,17 +279,23 @@ def _named(trials: dict[str, Trial]) -> Callable[[Config], Trial]:
 
 def _chosen(sweep: Sweep) -> Callable[[Config], Trial]:
     """Where Optuna chooses: choices by their number, as it knows no lists."""
-    make, choices = sweep.make, {
-        ".".join(path): dimension.choices
-        for path, dimension in sweep.space.items()
-        if dimension.choices
-    }  # fmt: skip
-    return lambda config: make({k: choices[k][v] if k in choices else v for k, v in config.items()})
+    make, space = sweep.make, {".".join(path): each for path, each in sweep.space.items()}
+
+    def resolve(config: Config) -> Trial:
+        return make(
+            {
+                name: space[name].choices[value] if space[name].choices else rounded(value)
+                for name, value in config.items()
+            }
+        )
+
+    return resolve
 
 
 def _optuna(sweep: Sweep, board: Board) -> tuple[Any, int]:
     """The searcher, told of what has ended and to begin with what was cut short; samples left."""
     assert sweep.search is not None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = {".".join(path): _domain(each) for path, each in sweep.space.items()}
     choices = {".".join(path): each.choices for path, each in sweep.space.items() if each.choices}
 
@@ -285,9 +304,12 @@ def _optuna(sweep: Sweep, board: Board) -> tuple[Any, int]:
 
     unfinished = [encoded(board.entries[name].trial) for name in board.names("waiting")]
     searcher = OptunaSearch(
-        space, metric="value", mode="max", points_to_evaluate=unfinished or None,
+        OptunaSearch.convert_search_space(space),
+        metric="value",
+        mode="max",
+        points_to_evaluate=unfinished or None,
         seed=sweep.search.seed,
-    )  # fmt: skip
+    )
     ended = [board.entries[name] for name in board.names("done", "stopped", "failed")]
     for entry in ended:
         if entry.value is not None:

@@ -12,12 +12,14 @@ from typing import Literal
 import numpy as np
 
 from qscore.folder import Run
-from qscore.sweep import trial as script
 
 State = Literal["running", "done", "failed", "stopped", "lost"]
 """Of a trial: `failed` would only fail again, `lost` may go on from its checkpoint, `stopped` was
 told to."""
 
+
+SCRIPT = Path(__file__).with_name("trial.py")
+"""What a trial's process runs."""
 
 POLL_SECONDS = 0.5
 """Between looks at a process and at what it has written."""
@@ -47,7 +49,7 @@ class Attempt:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", script.__file__, str(folder), str(cores), *command],
+                [sys.executable, "-P", str(SCRIPT), str(folder), str(cores), *command],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

@@ -158,7 +158,12 @@ class Dimension:
         low, high = (math.log(end) if self.log else end for end in (self.low, self.high))
         value = generator.uniform(low, high)
         value = math.exp(value) if self.log else value
-        return round(value) if self.whole else float(f"{value:.4g}")
+        return round(value) if self.whole else rounded(value)
+
+
+def rounded(value: int | float) -> int | float:
+    """A drawn value as it is used and written: to four digits; a whole one as it is."""
+    return value if isinstance(value, int) else float(f"{value:.4g}")
 
 
 @dataclass(frozen=True)
