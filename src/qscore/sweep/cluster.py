@@ -207,7 +207,13 @@ def _seen_from_here(path: str) -> tuple[bool, str]:
     return os.path.exists(path), installed_versions()["qscore"]
 
 
-def run(sweep: Sweep, todo: Sequence[Trial], board: Board, stopping: Callable[[], bool]) -> None:
+def run(
+    sweep: Sweep,
+    todo: Sequence[Trial],
+    board: Board,
+    stopping: Callable[[], bool],
+    attempt: Callable[..., Attempt] = Attempt,
+) -> None:
     """Do the trials, in their order, as long as not too many have failed."""
     resources = sweep.resources
     space: dict[str, Any]
@@ -239,7 +245,7 @@ def run(sweep: Sweep, todo: Sequence[Trial], board: Board, stopping: Callable[[]
 
     def begin(config: Config) -> Attempt:
         trial = resolve(config)
-        return Attempt(trial.command(out / trial.name), out / trial.name, cores, environ)
+        return attempt(trial.command(out / trial.name), out / trial.name, cores, environ)
 
     trainable = tune.with_parameters(TrialOfTune, begin=begin)
     tuner = tune.Tuner(
