@@ -475,9 +475,10 @@ def _sweep(asked: Sweep) -> None:
     if done.failures:
         for name, message in done.failures.items():
             print(f"failed: {name}: {message}", file=sys.stderr)
+        left = f", {count} were not begun" if (count := done.counts["waiting"]) else ""
         raise RunStopped(
-            f"{len(done.failures)} of {done.counts['expected']} trials failed; to try those again: "
-            f"{done.retry}"
+            f"{len(done.failures)} of {done.counts['expected']} trials failed{left}; to try those "
+            f"again: {done.retry}"
         )
 
 

@@ -1,6 +1,9 @@
 """Sweeps: many training runs from one file, on this machine or on a cluster."""
 
 import dataclasses
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ class Outcome:
     retry: str
     """The command that tries those again."""
     report: Path | None
-    """The page that compares the runs; None where no trial was evaluated."""
+    """The page that compares the runs; None where no trial is done."""
 
 
 def sweep(
@@ -64,15 +67,15 @@ def sweep(
             (asked.out / "sweep.toml").write_text(asked.text)
         except OSError as error:
             raise UsageError(f"cannot write to `out`, {asked.out}: {error}.") from error
-        board = _board(asked, retry=retry, screen=progress)
-        try:
-            with run.interruptible() as stopping:
+        with _alone(asked.out), run.interruptible() as stopping:
+            board = _board(asked, retry=retry, screen=progress)
+            try:
                 todo = [board.entries[name].trial for name in board.names("waiting")]
                 engine.run(asked, todo, board, stopping)
-                if stopping():
-                    raise Interrupted(f"interrupted, checkpoints written; continue with: {again}")
-        finally:
-            board.close()
+            finally:
+                board.close()
+            if stopping():
+                raise Interrupted(f"interrupted, checkpoints written; continue with: {again}")
     return Outcome(
         asked.out,
         board.counts(),
@@ -90,6 +93,17 @@ def _read(path: Path) -> Sweep:
         raise UsageError(f"cannot read the sweep {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not a text file.") from error
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder of a sweep. Raises `UsageError` where another process does."""
+    with open(folder / "sweep.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another process carries out the sweep in {folder}.") from None
+        yield
 
 
 def _board(asked: Sweep, *, retry: bool, screen: bool) -> Board:
@@ -154,8 +168,8 @@ def _check_same(trial: Trial, folder: Path) -> None:
 
 
 def _report(folder: Path, board: Board) -> Path | None:
-    """Compare the runs that have been evaluated."""
-    runs = [folder / name for name, entry in board.entries.items() if entry.value is not None]
+    """Compare the runs that are done; others were evaluated too early to be compared with them."""
+    runs = [folder / name for name in board.names("done")]
     if not runs:
         return None
     out = folder / "report.html"
