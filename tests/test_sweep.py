@@ -242,6 +242,7 @@ def tasks(tmp_path_factory):
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "SWEEP_MARKER": str(folder / "died"),
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # the test connects before the sweep can say so
     }
 
 

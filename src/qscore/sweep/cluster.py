@@ -17,6 +17,8 @@ from typing import Any
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the sweep has a table of its own,
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the runs have their own logs,
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # and the sweep stops its trials itself
+# under `uv run`, Ray would send the working folder to every node and install it there anew
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 # a trial that fails at once has no return to report
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
 
@@ -40,6 +42,9 @@ from qscore.sweep.spec import Dimension, Sweep, Trial, rounded
 ANSWER_SECONDS = 120.0
 """How long a node may take to answer."""
 
+STEP_SECONDS = 5.0
+"""A step of Tune's takes no longer, for a trial cannot be stopped within one."""
+
 NEVER = 10**12
 """Steps that no trial takes: early stopping is not what ends one that comes to its last step."""
 
@@ -48,7 +53,7 @@ Config = dict[str, Any]
 
 
 class TrialOfTune(tune.Trainable):
-    """One trial in Tune's terms; a step ends with an evaluation, or with the trial."""
+    """One trial in Tune's terms; a step ends with an evaluation, with the trial, or soon."""
 
     attempt: Attempt | None = None
 
@@ -65,7 +70,7 @@ class TrialOfTune(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         assert self.attempt is not None
-        if (news := wait(self.attempt)) is not None:
+        if (news := wait(self.attempt, seconds=STEP_SECONDS)) is not None:
             self.found = {"env_steps": news.step, "value": news.value}
         state = self.attempt.state()
         if state == "lost":
@@ -177,13 +182,11 @@ def _check_nodes(nodes: list[dict[str, Any]], out: Path) -> None:
     mine = installed_versions()["qscore"]
     with tempfile.NamedTemporaryFile(dir=place, prefix=".qscore-", delete=True) as token:
         ask = ray.remote(_seen_from_here)
-        answers = {
-            node["NodeManagerAddress"]: ask.options(
-                num_cpus=0,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], False),
-            ).remote(token.name)
-            for node in nodes
-        }
+        answers = {}
+        for node in nodes:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            asked = ask.options(num_cpus=0, scheduling_strategy=there).remote(token.name)
+            answers[f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"] = asked
         for address, answer in answers.items():
             try:
                 seen, version = ray.get(answer, timeout=ANSWER_SECONDS)
@@ -216,16 +219,14 @@ def run(
 ) -> None:
     """Do the trials, in their order, as long as not too many have failed."""
     resources = sweep.resources
-    space: dict[str, Any]
-    searcher = None
-    if sweep.search is not None and sweep.search.sampler == "optuna":
+    if sweep.adaptive:
         space, resolve = {}, _chosen(sweep)
         searcher, samples = _optuna(sweep, board)
     else:
         named = {trial.name: trial for trial in todo}
         space, resolve = {"trial": tune.grid_search(list(named))}, _named(named)
-        samples = 1
-    if not (todo or (searcher and samples > 0)):
+        searcher, samples = None, min(1, len(todo))
+    if samples <= 0:
         return
 
     def ending() -> bool:

@@ -1,5 +1,6 @@
 """One attempt at a trial: its process, and what it has said so far. The same for all engines."""
 
+import math
 import os
 import subprocess
 import sys
@@ -144,10 +145,13 @@ def carry_out(
     return "failed", message
 
 
-def wait(attempt: Attempt, stopping: Callable[[], bool] = lambda: False) -> Evaluation | None:
-    """The next evaluation; None where the process ends, or is to be stopped, without one."""
+def wait(
+    attempt: Attempt, stopping: Callable[[], bool] = lambda: False, seconds: float = math.inf
+) -> Evaluation | None:
+    """The next evaluation; None where the process ends, is to be stopped, or so long has none."""
+    patience = time.monotonic() + seconds
     while True:
-        over = attempt.state() != "running" or stopping()
+        over = attempt.state() != "running" or stopping() or time.monotonic() > patience
         if (news := attempt.news()) is not None or over:
             return news
         time.sleep(POLL_SECONDS)
