@@ -266,13 +266,17 @@ def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
+def cores_here() -> int:
+    """The cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def installed_versions() -> dict[str, str]:
     """Versions of what a run's numbers depend on, and how many cores round its matrix products."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-    cores = len(affinity(0)) if affinity else os.cpu_count()
     packages = ("qscore", "jax", "jaxlib", "equinox", "optax", "numpy", "gymnasium", "mujoco")
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
-        "cores": str(cores),
+        "cores": str(cores_here()),
     }

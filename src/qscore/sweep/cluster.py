@@ -33,9 +33,8 @@ from ray.tune.search.optuna import OptunaSearch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from qscore.errors import RunStopped, UsageError
-from qscore.folder import installed_versions
+from qscore.folder import cores_here, installed_versions
 from qscore.sweep.board import Board
-from qscore.sweep.local import cores_here
 from qscore.sweep.process import Attempt, Evaluation, wait
 from qscore.sweep.spec import Dimension, Sweep, Trial, rounded
 

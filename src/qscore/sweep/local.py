@@ -1,20 +1,14 @@
 """The engine of one machine: so many processes at a time."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from qscore.errors import UsageError
+from qscore.folder import cores_here
 from qscore.sweep.board import Board
 from qscore.sweep.process import carry_out
 from qscore.sweep.spec import Sweep, Trial
-
-
-def cores_here() -> int:
-    """The cores this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 @contextmanager

@@ -120,8 +120,7 @@ def carry_out(
     cores: int,
     retries: int,
     report: Callable[[Evaluation], None],
-    stopping: Callable[[], bool] = lambda: False,
-    environ: Mapping[str, str] | None = None,
+    stopping: Callable[[], bool],
 ) -> tuple[Literal["done", "failed", "stopped"], str]:
     """Do a trial, to its end: `done`, `failed` for the reason given, or `stopped` as asked.
 
@@ -131,7 +130,7 @@ def carry_out(
     for _ in range(1 + retries):
         if stopping():
             return "stopped", ""
-        attempt = Attempt(command, folder, cores, environ)
+        attempt = Attempt(command, folder, cores)
         try:
             while (news := wait(attempt, stopping)) is not None:
                 report(news)
