@@ -209,7 +209,7 @@ class Dies(Fine):  # once, as if the system had run out of memory
 
 class Slow(Fine):
     def trouble(self):
-        time.sleep(0.04)
+        time.sleep(0.02)
 
 for kind in (Fine, Breaks, Dies, Slow):
     gym.register(f"{kind.__name__}-v0", entry_point=kind, max_episode_steps=10)
@@ -243,6 +243,8 @@ def tasks(tmp_path_factory):
         "PYTHONPATH": os.pathsep.join(paths),
         "SWEEP_MARKER": str(folder / "died"),
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # the test connects before the sweep can say so
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),  # which are the same in all trials
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
     }
 
 

@@ -27,9 +27,7 @@ from qscore.errors import Interrupted, RunStopped, TrainingDiverged, UsageError
 from qscore.export import export
 from qscore.folder import Run, Settings, presets, usual_preset, usual_steps
 from qscore.panel import read_panel
-from qscore.plots import plot_returns
 from qscore.products import Precision
-from qscore.report import report
 from qscore.sweep import sweep
 
 T = TypeVar("T")
@@ -433,6 +431,8 @@ def _read(path: Path, parse: Callable[[str], T]) -> T:
 
 
 def _plot(asked: Plot) -> None:
+    from qscore.plots import plot_returns  # Matplotlib takes a second, which not every command has
+
     if not asked.out.suffix:
         raise UsageError(f"`out` must end in a kind of picture, such as .png; got {asked.out}.")
     panel = read_panel(asked.run)
@@ -446,6 +446,8 @@ def _plot(asked: Plot) -> None:
 
 
 def _report(asked: Report) -> None:
+    from qscore.report import report  # (see `_plot`)
+
     panel = report(asked.run, asked.out, films=not asked.no_films)
     for note in panel.notes:
         print(f"note: {note}", file=sys.stderr)

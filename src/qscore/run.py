@@ -39,7 +39,6 @@ from qscore.folder import (
 )
 from qscore.log import ProgressBar, RunLog
 from qscore.panel import arrange
-from qscore.plots import plot_comparisons, plot_returns
 from qscore.products import Precision
 from qscore.statistics import summarize
 from qscore.train_host import Diverged, Session, chunk_steps, inadmissible, replay_rows
@@ -538,6 +537,8 @@ class _Loop:
                     for c in comparisons.values()
                 ],
             }
+            from qscore.plots import plot_comparisons  # (see `plot_run`)
+
             plot_comparisons(comparisons, self.run.folder / "plots" / "lq.png")
         write_json(self.run.folder / "summary.json", summary)
 
@@ -567,4 +568,6 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 def plot_run(run: Run) -> None:
     """Redraw plots/returns.png."""
+    from qscore.plots import plot_returns  # Matplotlib takes a second, which not every command has
+
     plot_returns(arrange([run]), run.folder / "plots" / "returns.png")

@@ -1,7 +1,8 @@
 """The statistics of returns: interquartile means, intervals, and how sure a difference is.
 
 Over several tasks they are those of rliable (Agarwal et al. 2021, arXiv:2108.13264), which comes
-with the extra `stats`.
+with the extra `stats`. It and SciPy are imported where they are used, for they take a second and
+most commands need neither.
 """
 
 import importlib.util
@@ -10,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 Scores = Sequence[Sequence[float]]
 """Scores of one method: for each task, one of every seed."""
@@ -24,7 +24,9 @@ RELABELLINGS = 20_000
 
 def interquartile_mean(values: Sequence[float]) -> float:
     """The mean of the middle half (Agarwal et al. 2021): a quarter trimmed from either end."""
-    return float(stats.trim_mean(values, 0.25))
+    from scipy.stats import trim_mean
+
+    return float(trim_mean(values, 0.25))
 
 
 def bootstrap_interval(
@@ -34,8 +36,10 @@ def bootstrap_interval(
 
     One value, or equal ones, have an interval of no width.
     """
+    from scipy.stats import trim_mean
+
     draws = np.random.default_rng(0).choice(np.asarray(values, float), (resamples, len(values)))
-    low, high = np.percentile(stats.trim_mean(draws, 0.25, axis=1), [2.5, 97.5])
+    low, high = np.percentile(trim_mean(draws, 0.25, axis=1), [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -104,11 +108,13 @@ def chance(scores: Scores, others: Scores) -> float:
     of improvement is at least what it is (at most 1; near 1 where `scores` are not ahead at all).
     Unlike a bootstrap, it knows that three seeds against three can say little.
     """
+    from scipy.stats import rankdata
+
     generator = np.random.default_rng(0)
     seen, shuffled = 0.0, np.zeros(RELABELLINGS)
     for one, other in zip(scores, others, strict=True):
         # the Mann-Whitney statistic, from ranks that ties share
-        ranks = np.tile(stats.rankdata([*one, *other]), (RELABELLINGS, 1))
+        ranks = np.tile(rankdata([*one, *other]), (RELABELLINGS, 1))
         scale = len(scores) * len(one) * len(other)
         seen += ranks[0, : len(one)].sum() / scale
         shuffled += generator.permuted(ranks, axis=1)[:, : len(one)].sum(axis=1) / scale

@@ -11,7 +11,6 @@ from typing import Any
 from qscore import run
 from qscore.errors import Interrupted, UsageError
 from qscore.folder import Run, differences
-from qscore.report import report
 from qscore.sweep import local
 from qscore.sweep.board import Board, read_trials
 from qscore.sweep.spec import Sweep, Trial, parse
@@ -172,6 +171,8 @@ def _report(folder: Path, board: Board) -> Path | None:
     runs = [folder / name for name in board.names("done")]
     if not runs:
         return None
+    from qscore.report import report  # Matplotlib takes a second, which not every command has
+
     out = folder / "report.html"
     report(runs, out, films=False)
     return out
