@@ -200,6 +200,11 @@ class Breaks(Fine):
         if self.taken > 70:
             raise OSError("the sensor is unplugged")
 
+class Explodes(Fine):
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        return observation, 1e30 * reward, *rest  # its square is no number of 32 bits
+
 class Dies(Fine):  # once, as if the system had run out of memory
     def trouble(self):
         marker = Path(os.environ["SWEEP_MARKER"])
@@ -211,7 +216,7 @@ class Slow(Fine):
     def trouble(self):
         time.sleep(0.02)
 
-for kind in (Fine, Breaks, Dies, Slow):
+for kind in (Fine, Breaks, Explodes, Dies, Slow):
     gym.register(f"{kind.__name__}-v0", entry_point=kind, max_episode_steps=10)
 '''
 
@@ -248,7 +253,9 @@ def tasks(tmp_path_factory):
     }
 
 
-def write(folder: Path, *names: str, seeds: int = 1, workers: int = 2, more: str = "") -> Path:
+def write(
+    folder: Path, *names: str, seeds: int | list[int] = 1, workers: int = 2, more: str = ""
+) -> Path:
     """A file that asks for a sweep over some of the tasks."""
     environments = json.dumps([f"sweep_tasks:{name}-v0" for name in names])
     path = folder / "sweep.toml"
@@ -293,23 +300,26 @@ def alone(tasks, tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_trial_that_fails_takes_no_other_with_it(tasks, alone, tmp_path):
-    path = write(tmp_path, "Fine", "Breaks", "Dies")
+    path = write(tmp_path, "Fine", "Breaks", "Explodes", "Dies")
     done = qscore(tasks, "sweep", path, "--json")
     assert done.returncode == 1, done.stderr
     result, out = json.loads(done.stdout), tmp_path / "out"
-    assert (result["done"], result["failed"], result["expected"]) == (2, 1, 3)
-    ((name, message),) = result["failures"].items()
-    assert name == "sweep_tasks_Breaks-v0-td3/seed-0" and "the sensor is unplugged" in message
-    assert f"failed: {name}: " in done.stderr
+    assert (result["done"], result["failed"], result["expected"]) == (2, 2, 4)
+    said = {"Breaks": "the sensor is unplugged", "Explodes": "diverged"}
+    failures = {f"sweep_tasks_{task}-v0-td3/seed-0": words for task, words in said.items()}
+    assert result["failures"].keys() == failures.keys()
+    for name, words in failures.items():
+        assert words in result["failures"][name] and f"failed: {name}: " in done.stderr
     assert f"qscore sweep {path} --resume --retry" in done.stderr
-    assert "1 of 3 trials failed" in done.stderr and (out / "report.html").is_file()
+    assert "2 of 4 trials failed" in done.stderr and (out / "report.html").is_file()
     for task in ("Fine", "Dies"):  # the second one was killed once, and went on
         assert figures(out / f"sweep_tasks_{task}-v0-td3" / "seed-0") == alone[0]
     assert Path(tasks["SWEEP_MARKER"]).exists()
     rows = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
-    assert [row["stage"] for row in rows if row["trial"] == name] == ["running", "failed"]
+    for name in failures:  # neither was tried twice
+        assert [row["stage"] for row in rows if row["trial"] == name] == ["running", "failed"]
     last = json.loads((out / "progress.jsonl").read_text().splitlines()[-1])
-    assert "sweep_tasks:Fine-v0" in last["best"] and last["failed"] == 1
+    assert "sweep_tasks:Fine-v0" in last["best"] and last["failed"] == 2
 
     again = qscore(tasks, "sweep", path, "--resume")  # what failed is left alone
     assert again.returncode == 1 and len((out / "trials.jsonl").read_text().splitlines()) == len(
@@ -334,6 +344,29 @@ def test_a_sweep_whose_driver_was_killed_is_finished(tasks, alone, tmp_path):
     assert done.returncode == 0, done.stderr
     assert figures(slow) == figures(fine.parent) == alone[0]
     assert fine.stat().st_mtime_ns == written  # it was not repeated
+
+
+@pytest.mark.slow
+def test_with_ray_too_and_it_stops_early_what_is_worse(tasks, alone, tmp_path):
+    """Seed 1 is cut short and goes on; after it seed 0, which at 200 steps has less return."""
+    pytest.importorskip("ray", reason="Ray, the extra `sweep`, is not installed")
+    path = write(tmp_path, "Slow", seeds=[1, 0], workers=1, more='engine = "ray"\n')
+    path.write_text(path.read_text() + "[stop_early]\ngrace = 200\nfactor = 2")
+    out = tmp_path / "out"
+    first, second = (out / "sweep_tasks_Slow-v0-td3" / f"seed-{i}" for i in (1, 0))
+    command = [sys.executable, "-m", "qscore", "sweep", str(path)]
+    with subprocess.Popen(command, env=tasks, stderr=subprocess.DEVNULL) as driver:
+        until(lambda: (first / "checkpoints" / "100").is_dir())
+        driver.kill()
+    done = qscore(tasks, "sweep", path, "--resume", "--json")
+    assert done.returncode == 0, done.stderr
+    assert {"done": 1, "stopped": 1, "failed": 0}.items() <= json.loads(done.stdout).items()
+    assert figures(first) == alone[1]
+    assert (second / "checkpoints" / "200").is_dir() and not (second / "summary.json").exists()
+    assert [row["stage"] for row in read_trials(out)] == [
+        *("running", "running", "done"),  # seed 1
+        *("running", "stopped"),
+    ]
 
 
 @pytest.mark.slow
@@ -420,16 +453,12 @@ OPTUNA = 'engine = "ray"\n' + SEARCH.replace("samples = 40", 'samples = 12\nsamp
 def test_optuna_learns_from_what_an_earlier_sitting_did(tmp_path):
     cluster = pytest.importorskip("qscore.sweep.cluster", reason="Ray is not installed")
     asked = parse(OPTUNA, "o.toml")
-    resolve = cluster._chosen(asked)
     board = Board(tmp_path, [], 12, screen=False)
-    searcher, left = cluster._optuna(asked, board)
-    assert left == 12
-    first = [resolve(searcher.suggest(str(i))) for i in range(3)]
-    assert len({trial.name for trial in first}) == 3
+    optuna = cluster.Optuna(asked, board)
+    first = [optuna.resolve(optuna.suggest(str(i))) for i in range(4)]
+    assert len({trial.name for trial in first}) == 4
     ends: list[tuple[Stage, float | None]] = [
-        ("done", -1.0),
-        ("interrupted", None),
-        ("failed", None),
+        *(("done", -1.0), ("interrupted", None), ("failed", None), ("failed", 9.0))
     ]
     for trial, (stage, value) in zip(first, ends, strict=True):
         board.add(trial)
@@ -443,13 +472,38 @@ def test_optuna_learns_from_what_an_earlier_sitting_did(tmp_path):
     for row in read_trials(tmp_path):
         again.add(asked.make(row["chosen"]))
     again.recall(retry=False)
-    searcher, left = cluster._optuna(asked, again)
+    optuna = cluster.Optuna(asked, again)
     again.close()
-    assert left == 10  # of what has ended, two
-    assert resolve(searcher.suggest("a")) == first[1]  # what was cut short comes first
-    (told,) = [each for each in searcher._ot_study.get_trials() if each.value is not None]
+    assert optuna.resolve(optuna.suggest("a")) == first[1]  # what was cut short comes first
+    assert optuna.resolve(optuna.suggest("b")) not in first  # and nothing comes twice
+    (told,) = [each for each in optuna.study.get_trials() if each.value is not None]
     levels: Any = first[0].algorithm
     assert (told.value, told.params["algorithm.noise_levels"]) == (-1.0, levels.noise_levels)
+
+
+def test_optuna_maximises_and_ends_where_all_was_tried(tmp_path):
+    cluster = pytest.importorskip("qscore.sweep.cluster", reason="Ray is not installed")
+    whole = '{ low = 2, high = 4 }\n"algorithm.batch_size" = { low = 1, high = 500 }'
+    text = re.sub(r'"algorithm.actor_lr.*\n|"algorithm.hidden.*\n', "", OPTUNA)
+    asked = parse(text.replace("{ low = 2, high = 4 }", whole), "o.toml")
+    board = Board(tmp_path, [], 12, screen=False)
+    optuna, sizes = cluster.Optuna(asked, board), []
+    for i in range(60):
+        chosen = optuna.suggest(str(i))
+        sizes.append(chosen["algorithm.batch_size"])
+        optuna.on_trial_complete(str(i), {"value": -abs(sizes[-1] - 400.0)})
+    assert (
+        np.mean(np.abs(np.array(sizes[-20:]) - 400))
+        < 60
+        < np.abs(np.array(sizes[:10]) - 400).mean()
+    )
+
+    optuna, seen = cluster.Optuna(parse(text, "o.toml"), board), []
+    while (chosen := optuna.suggest(str(len(seen)))) != "FINISHED":
+        seen.append(chosen["algorithm.noise_levels"])
+        optuna.on_trial_complete(str(len(seen) - 1), {"stage": "failed", "value": 1.0})
+    assert sorted(seen) == [2, 3, 4]
+    board.close()
 
 
 @pytest.mark.slow
@@ -464,18 +518,63 @@ def test_after_too_many_failures_no_more_are_begun(tasks, tmp_path):
 def test_a_sweep_never_writes_into_what_is_there(tmp_path):
     path = tmp_path / "s.toml"
     path.write_text(f'out = "{tmp_path}"\nalgorithms = ["sac"]\nenvironments = ["Pendulum-v1"]')
-    with pytest.raises(qs.UsageError, match="exists and is not an empty folder; to go on .*resume"):
+    with pytest.raises(
+        qs.UsageError, match="line 1: .* exists and is not an empty folder; to go on .*resume"
+    ):
         sweep(path)
     with pytest.raises(qs.UsageError, match="there is no sweep in .* to go on with"):
         sweep(path, resume=True)
     with pytest.raises(qs.UsageError, match="needs `--resume`"):
         sweep(path, retry=True)
     path.write_text('algorithms = ["sac"]\nenvironments = ["Pendulm-v1"]\nout = "new"')
-    with pytest.raises(qs.UsageError, match="Pendulm-v1-sac/seed-0: .*Pendulum-v1"):
+    with pytest.raises(qs.UsageError, match="line 2: Pendulm-v1-sac/seed-0: .*Pendulum-v1"):
         sweep(path)
     path.write_text(path.read_text().replace("Pendulm", "Pendulum") + "\n[resources]\ncores = 999")
-    with pytest.raises(qs.UsageError, match="`resources.cores` is 999; this process may use"):
+    with pytest.raises(qs.UsageError, match="line 5: `cores` is 999; this process may use"):
         sweep(path)
+    pytest.importorskip("ray", reason="Ray, the extra `sweep`, is not installed")
+    path.write_text('engine = "ray"\n' + path.read_text() + "\naddress = '127.0.0.1:1'")
+    with pytest.raises(qs.UsageError, match="line 7: no Ray cluster at '127.0.0.1:1': .*refused"):
+        sweep(path)
+
     with pytest.raises(qs.UsageError, match="cannot read the sweep"):
         sweep(tmp_path / "none.toml")
     assert os.listdir(tmp_path) == ["s.toml"] and not Path("new").exists()
+
+
+def test_what_a_trial_would_refuse_is_refused_with_its_line(tmp_path):
+    path = tmp_path / "s.toml"
+    head = f'out = "{tmp_path}/out"\nalgorithms = ["td3"]\nenvironments = ["lq"]\n'
+    for rest, line, words in (
+        (
+            "[environment.lq]\nnum_envs = 2\n[settings]\nsteps = 3001",
+            7,
+            "`steps` must be a multiple",
+        ),
+        ("[environment]\nnum_envs = 2\n[grid]\n'settings.steps' = [3000, 3001]", 7, "`steps` must"),
+        (
+            "[settings]\nsteps = 10_000_000_000\n[algorithm]\nreplay_capacity = 10_000_000_000",
+            7,
+            "the replay buffers take",
+        ),
+    ):
+        path.write_text(head + rest)
+        with pytest.raises(qs.UsageError, match=f"s.toml, line {line}: lq-td3.*/seed-0: {words}"):
+            sweep(path)
+    assert os.listdir(tmp_path) == ["s.toml"]
+
+
+def test_the_best_is_among_those_that_can_be_compared(tmp_path):
+    trials = parse(GRID, "g.toml").trials
+    lq = [trial for trial in trials if trial.name.startswith("lq-td3-eval_episodes=1")]
+    other = next(trial for trial in trials if trial.name.startswith("lq-td3-eval_episodes=2"))
+    board = Board(tmp_path, trials, len(trials), screen=False)
+    returns: list[tuple[float, Stage]] = [(-3.0, "done"), (-1.0, "running"), (5.0, "failed")]
+    for trial, (value, stage) in zip(lq, returns, strict=True):
+        board.evaluated(trial.name, Evaluation(100, value))
+        board.ended(trial.name, stage)
+    board.evaluated(other.name, Evaluation(100, 7.0))
+    board.ended(other.name, "stopped")
+    best = {"configuration": "lq-td3-eval_episodes=1", "return": -2.0, "trials": 2}
+    assert board.counts()["best"] == {"lq": best}
+    board.close()

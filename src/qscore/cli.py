@@ -320,7 +320,7 @@ def _values(args: list[str], flag: str) -> list[str]:
 
 def _conclude(done: Run) -> None:
     summary = done.summary
-    per_seed = ", ".join(f"{value:.1f}" for value in summary["final_returns"])
+    per_seed = ", ".join(f"{value:.5g}" for value in summary["final_returns"])
     low, high = summary["ci95"]
     if "lq" in summary:
         errors = {**summary["lq"]["relative_error"], "return gap": summary["lq"]["return_gap"]}
@@ -331,8 +331,8 @@ def _conclude(done: Run) -> None:
         print(f"learned against exact  {done.folder / 'plots' / 'lq.png'}", file=sys.stderr)
     print(
         f"final return per seed  {per_seed}\n"
-        f"interquartile mean     {summary['iqm']:.1f}  (95% over {summary['ci95_over']} "
-        f"{low:.1f} to {high:.1f})\n"
+        f"interquartile mean     {summary['iqm']:.5g}  (95% over {summary['ci95_over']} "
+        f"{low:.5g} to {high:.5g})\n"
         f"speed                  {summary['env_steps_per_second']:.0f} environment steps/s, "
         f"{summary['updates_per_second']:.0f} updates/s\n"
         f"summary                {done.folder / 'summary.json'}\n"
@@ -363,14 +363,14 @@ def _eval(asked: Eval) -> None:
         return
     low, high = result["ci95"]
     print(f"{result['episodes']} episodes of each of seeds {result['seeds']}")
-    print(f"mean                {result['mean']:.1f}")
-    print(f"interquartile mean  {result['iqm']:.1f}")
-    print(f"95% interval        {low:.1f} to {high:.1f} (over {result['ci95_over']})")
+    print(f"mean                {result['mean']:.5g}")
+    print(f"interquartile mean  {result['iqm']:.5g}")
+    print(f"95% interval        {low:.5g} to {high:.5g} (over {result['ci95_over']})")
     if "returns_best_of" in result:
         best = result["returns_best_of"]
-        print(f"best of {result['best_of']:<12}mean {sum(best) / len(best):.1f}")
+        print(f"best of {result['best_of']:<12}mean {sum(best) / len(best):.5g}")
     for name, score in result.get("normalized", {}).items():
-        print(f"{'normalised, ' + name:<20}{score:.1f}")
+        print(f"{'normalised, ' + name:<20}{score:.5g}")
     if asked.video:
         print(f"video               {asked.video}")
     if asked.record:
@@ -470,8 +470,8 @@ def _sweep(asked: Sweep) -> None:
     if asked.json:
         print(json.dumps({**done.counts, "failures": done.failures, "out": str(done.folder)}))
     for task, best in done.counts["best"].items():
-        said = f"{best['return']:.1f} over {best['trials']} trials, {best['configuration']}"
-        print(f"best on {task:<14}{said}", file=sys.stderr)
+        said = f"{best['return']:.5g} over {best['trials']} trials, {best['configuration']}"
+        print(f"best on {task:<13} {said}", file=sys.stderr)
     if done.report is not None:
         print(f"report                {done.report}", file=sys.stderr)
     if done.failures:

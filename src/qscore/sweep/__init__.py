@@ -51,21 +51,22 @@ def sweep(
     if retry and not resume:
         raise UsageError("`--retry` is of what an earlier sitting left; it needs `--resume`.")
     if asked.out.exists() and not resume and (not asked.out.is_dir() or any(asked.out.iterdir())):
-        raise UsageError(
+        asked.file.refuse(
+            ("out",),
             f"`out` is {asked.out}, which exists and is not an empty folder; to go on with the "
-            f"sweep in it: {again}"
+            f"sweep in it: {again}",
         )
     if resume and not (asked.out / "trials.jsonl").is_file():
         raise UsageError(f"there is no sweep in {asked.out} to go on with.")
     for trial in asked.trials:
         _check_same(trial, asked.out / trial.name)
     with engine.ready(asked):  # before JAX has threads, beside which Ray cannot start processes
-        _check_trials(asked.trials)
+        _check_trials(asked)
         try:
             asked.out.mkdir(parents=True, exist_ok=True)
-            (asked.out / "sweep.toml").write_text(asked.text)
+            (asked.out / "sweep.toml").write_text(asked.file.text)
         except OSError as error:
-            raise UsageError(f"cannot write to `out`, {asked.out}: {error}.") from error
+            asked.file.refuse(("out",), f"cannot write to `out`, {asked.out}: {error}.")
         with _alone(asked.out), run.interruptible() as stopping:
             board = _board(asked, retry=retry, screen=progress)
             try:
@@ -130,13 +131,13 @@ def _engine(asked: Sweep) -> Any:
     return cluster
 
 
-def _check_trials(trials: list[Trial]) -> None:
+def _check_trials(asked: Sweep) -> None:
     """Refuse now what the trials would refuse later. Those that differ in their seeds alone, or in
 
     fields that decide nothing here, are alike.
     """
     seen = set()
-    for trial in trials:
+    for trial in asked.trials:
         settings = dataclasses.replace(trial.settings, seed_start=0)
         key = (trial.environment, settings, trial.algorithm.replay_capacity)
         if key not in seen:
@@ -144,7 +145,7 @@ def _check_trials(trials: list[Trial]) -> None:
             try:
                 run.check(trial.algorithm, trial.environment, settings)
             except UsageError as error:
-                raise UsageError(f"{trial.name}: {error}") from error
+                asked.refuse(trial, error)
 
 
 def _check_same(trial: Trial, folder: Path) -> None:

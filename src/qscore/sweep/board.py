@@ -125,7 +125,8 @@ class Board:
     def counts(self) -> dict[str, Any]:
         """How many trials are in which stage, seconds left, and on each environment the best
 
-        configuration by the mean of its trials' last returns: of so many trials, so far.
+        configuration by the mean of its trials' last returns: of so many trials, so far. Those that
+        failed or were stopped early have none that could be compared.
         """
         stages = Counter(entry.stage for entry in self.entries.values())
         work = sum(entry.share for entry in self.entries.values())
@@ -133,7 +134,7 @@ class Board:
         elapsed = time.monotonic() - self._began
         values: dict[tuple[str, str], list[float]] = {}  # by environment and configuration
         for name, entry in self.entries.items():
-            if entry.value is not None:
+            if entry.value is not None and entry.stage not in ("failed", "stopped"):
                 key = environment_name(entry.trial.environment), name.rpartition("/")[0]
                 values.setdefault(key, []).append(entry.value)
         best: dict[str, dict[str, Any]] = {}
@@ -172,7 +173,7 @@ class Board:
         shown = [f"{counts[s]} {s}" for s in ("running", "waiting", *ENDED) if counts[s]]
         table = Table("environment", "best so far", "trials", Column("return", justify="right"))
         for task, best in counts["best"].items():
-            row = task, best["configuration"], str(best["trials"]), f"{best['return']:.1f}"
+            row = task, best["configuration"], str(best["trials"]), f"{best['return']:.5g}"
             table.add_row(*row)
         failed = self.names("failed")[-SHOWN_FAILURES:]
         return Group(

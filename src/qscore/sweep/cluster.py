@@ -8,11 +8,11 @@ earlier sitting did is known from the sweep's own files.
 
 import logging
 import os
+import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the sweep has a table of its own,
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the runs have their own logs,
@@ -28,21 +28,26 @@ from ray import tune
 from ray.exceptions import GetTimeoutError, RayError
 from ray.tune.error import TuneError
 from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search import ConcurrencyLimiter
-from ray.tune.search.optuna import OptunaSearch
+from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from qscore.errors import RunStopped, UsageError
 from qscore.folder import cores_here, installed_versions
-from qscore.sweep.board import Board
-from qscore.sweep.process import Attempt, Evaluation, wait
+from qscore.sweep.board import ENDED, Board
+from qscore.sweep.process import Attempt, Evaluation, wait, wait_for_end
 from qscore.sweep.spec import Dimension, Sweep, Trial, rounded
 
 ANSWER_SECONDS = 120.0
 """How long a node may take to answer."""
 
+CONNECT_SECONDS = 10.0
+"""How long the head of a cluster may take to accept a connection."""
+
 STEP_SECONDS = 5.0
 """A step of Tune's takes no longer, for a trial cannot be stopped within one."""
+
+REPEATS = 100
+"""Suggestions of Optuna's in a row that were tried before, after which there are no more."""
 
 NEVER = 10**12
 """Steps that no trial takes: early stopping is not what ends one that comes to its last step."""
@@ -123,6 +128,69 @@ class ToBoard(Unkept, tune.Callback):
         self.board.ended(self.resolve(trial.config).name, "failed", said[-1])
 
 
+class Optuna(Searcher):
+    """A study of Optuna's that is told what has ended, also in earlier sittings.
+
+    It begins with what was cut short, and suggests no configuration twice; where nearly all have
+    been tried, it ends the sweep.
+    """
+
+    def __init__(self, sweep: Sweep, board: Board):
+        super().__init__(metric="value", mode="max")
+        assert sweep.search is not None
+        self.resolve, self.choices = _chosen(sweep), {}
+        self.distributions = {}
+        for path, each in sweep.space.items():
+            name = ".".join(path)
+            self.choices[name], self.distributions[name] = each.choices, _distribution(each)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        # with the seed alone, it would draw again what it drew in the sitting before
+        seed = sweep.search.seed + len(board.entries)
+        self.study = optuna.create_study(
+            direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed)
+        )
+        self.asked: dict[str, optuna.Trial] = {}
+        self.tried = set(board.names(*ENDED))
+        for name, entry in board.entries.items():
+            chosen = self._encoded(entry.trial)
+            if name not in self.tried:
+                self.study.enqueue_trial(chosen)
+            elif entry.value is not None and entry.stage != "failed":
+                told = optuna.create_trial(
+                    params=chosen, distributions=self.distributions, value=entry.value
+                )
+                self.study.add_trial(told)
+
+    def _encoded(self, trial: Trial) -> Config:
+        """What `resolve` makes the trial of."""
+        return {
+            name: self.choices[name].index(value) if self.choices[name] else value
+            for name, value in trial.chosen.items()
+        }
+
+    def suggest(self, trial_id: str) -> Config | str:  # pyright: ignore (as Ray documents it)
+        for _ in range(REPEATS):
+            asked = self.study.ask(self.distributions)
+            name = self.resolve(asked.params).name
+            if name not in self.tried:
+                self.tried.add(name)
+                self.asked[trial_id] = asked
+                return asked.params
+            self.study.tell(asked, state=optuna.trial.TrialState.FAIL)
+        return Searcher.FINISHED
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        found = result or {}
+        value = None if error or found.get("stage") == "failed" else found.get("value")
+        state = optuna.trial.TrialState.FAIL if value is None else None
+        self.study.tell(self.asked.pop(trial_id), value, state=state)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: what is to be known of a trial is known from the sweep's own files."""
+
+
 class StopAll(Unkept, tune.Stopper):
     """Ends the sweep once it is told to, or once too many trials have failed."""
 
@@ -145,20 +213,36 @@ def ready(sweep: Sweep) -> Iterator[None]:
     """
     address, mine = sweep.resources.address, not ray.is_initialized()
     if mine:
+        if address is not None:
+            _check_address(sweep, address)
         options = {} if address else {"num_cpus": cores_here(), "include_dashboard": False}
         try:
             ray.init(
                 address or "local", log_to_driver=False, logging_level=logging.ERROR, **options
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
-            said = str(error).strip().splitlines()[0]
-            raise UsageError(f"no Ray cluster at {address!r}: {said}") from error
+            _refuse_address(sweep, address, error)
     try:
         _check_cluster(sweep)
         yield
     finally:
         if mine:
             ray.shutdown()
+
+
+def _check_address(sweep: Sweep, address: str) -> None:
+    """Refuse one where nothing listens at once: Ray would try it for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            _refuse_address(sweep, address, error)
+
+
+def _refuse_address(sweep: Sweep, address: str | None, error: Exception) -> NoReturn:
+    said = str(error).strip().splitlines()[0]
+    sweep.file.refuse(("resources", "address"), f"no Ray cluster at {address!r}: {said}")
 
 
 def _check_cluster(sweep: Sweep) -> None:
@@ -168,15 +252,17 @@ def _check_cluster(sweep: Sweep) -> None:
     for kind, count in needed.items():
         most = max(node["Resources"].get(kind, 0.0) for node in nodes)
         if count > most:
-            raise UsageError(
+            sweep.file.refuse(
+                ("resources", {"CPU": "cores", "GPU": "gpus"}[kind]),
                 f"a trial needs {count:g} {kind}, and the largest of the {len(nodes)} nodes has "
-                f"{most:g}; see [resources]."
+                f"{most:g}.",
             )
-    _check_nodes(nodes, sweep.out.absolute())
+    _check_nodes(sweep, nodes)
 
 
-def _check_nodes(nodes: list[dict[str, Any]], out: Path) -> None:
+def _check_nodes(sweep: Sweep, nodes: list[dict[str, Any]]) -> None:
     """Ask every node whether it has this version, and sees a file that is made here."""
+    out = sweep.out.absolute()
     place = next(folder for folder in (out, *out.parents) if folder.is_dir())
     mine = installed_versions()["qscore"]
     with tempfile.NamedTemporaryFile(dir=place, prefix=".qscore-", delete=True) as token:
@@ -199,9 +285,10 @@ def _check_nodes(nodes: list[dict[str, Any]], out: Path) -> None:
             if version != mine:
                 raise UsageError(f"node {address} has qscore {version}, and this one {mine}.")
             if not seen:
-                raise UsageError(
+                sweep.file.refuse(
+                    ("out",),
                     f"node {address} does not see {place}, where `out` is; a sweep over several "
-                    "nodes needs a folder that all of them share."
+                    "nodes needs a folder that all of them share.",
                 )
 
 
@@ -220,7 +307,8 @@ def run(
     resources = sweep.resources
     if sweep.adaptive:
         space, resolve = {}, _chosen(sweep)
-        searcher, samples = _optuna(sweep, board)
+        assert sweep.search is not None
+        searcher, samples = Optuna(sweep, board), sweep.search.samples - len(board.names(*ENDED))
     else:
         named = {trial.name: trial for trial in todo}
         space, resolve = {"trial": tune.grid_search(list(named))}, _named(named)
@@ -260,7 +348,7 @@ def run(
             max_concurrent_trials=resources.workers,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
-            metric="value" if scheduler else None,  # a searcher has its own
+            metric="value" if scheduler else None,
             mode="max" if scheduler else None,
         ),
         run_config=tune.RunConfig(
@@ -277,6 +365,9 @@ def run(
         tuner.fit()
     except TuneError as error:
         raise RunStopped(f"Ray Tune ended: {str(error).strip().splitlines()[-1]}") from error
+    for name in board.names("running"):  # Tune lets go of what it stops without a word
+        wait_for_end(out / name)
+        board.ended(name, "interrupted")
 
 
 def _named(trials: dict[str, Trial]) -> Callable[[Config], Trial]:
@@ -298,38 +389,11 @@ def _chosen(sweep: Sweep) -> Callable[[Config], Trial]:
     return resolve
 
 
-def _optuna(sweep: Sweep, board: Board) -> tuple[Any, int]:
-    """The searcher, told of what has ended and to begin with what was cut short; samples left."""
-    assert sweep.search is not None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    space = {".".join(path): _domain(each) for path, each in sweep.space.items()}
-    choices = {".".join(path): each.choices for path, each in sweep.space.items() if each.choices}
-
-    def encoded(trial: Trial) -> Config:
-        return {k: choices[k].index(v) if k in choices else v for k, v in trial.chosen.items()}
-
-    unfinished = [encoded(board.entries[name].trial) for name in board.names("waiting")]
-    searcher = OptunaSearch(
-        OptunaSearch.convert_search_space(space),
-        metric="value",
-        mode="max",
-        points_to_evaluate=unfinished or None,
-        seed=sweep.search.seed,
-    )
-    ended = [board.entries[name] for name in board.names("done", "stopped", "failed")]
-    for entry in ended:
-        if entry.value is not None:
-            searcher.add_evaluated_point(encoded(entry.trial), entry.value)
-    workers = sweep.resources.workers
-    limited = ConcurrencyLimiter(searcher, workers) if workers else searcher
-    return limited, sweep.search.samples - len(ended)
-
-
-def _domain(dimension: Dimension) -> Any:
-    """A dimension in Tune's terms."""
+def _distribution(dimension: Dimension) -> Any:
+    """A dimension in Optuna's terms; of choices, their numbers."""
     low, high = dimension.low, dimension.high
     if low is None or high is None:
-        return tune.choice(list(range(len(dimension.choices))))
+        return optuna.distributions.CategoricalDistribution(range(len(dimension.choices)))
     if dimension.whole:
-        return (tune.lograndint if dimension.log else tune.randint)(int(low), int(high) + 1)
-    return (tune.loguniform if dimension.log else tune.uniform)(low, high)
+        return optuna.distributions.IntDistribution(int(low), int(high), log=dimension.log)
+    return optuna.distributions.FloatDistribution(low, high, log=dimension.log)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from qscore.errors import UsageError
 from qscore.folder import cores_here
 from qscore.sweep.board import Board
 from qscore.sweep.process import carry_out
@@ -15,12 +14,13 @@ from qscore.sweep.spec import Sweep, Trial
 def ready(sweep: Sweep) -> Iterator[None]:
     """Raises `UsageError` where this machine cannot do what is asked."""
     if sweep.resources.cores > cores_here():
-        raise UsageError(
-            f"`resources.cores` is {sweep.resources.cores}; this process may use {cores_here()}."
+        sweep.file.refuse(
+            ("resources", "cores"),
+            f"`cores` is {sweep.resources.cores}; this process may use {cores_here()}.",
         )
     for name in ("gpus", "address"):
         if getattr(sweep.resources, name):
-            raise UsageError(f"`resources.{name}` is for engine = 'ray'.")
+            sweep.file.refuse(("resources", name), f"`{name}` is for engine = 'ray'.")
     yield
 
 

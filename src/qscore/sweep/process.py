@@ -1,5 +1,6 @@
 """One attempt at a trial: its process, and what it has said so far. The same for all engines."""
 
+import fcntl
 import math
 import os
 import subprocess
@@ -111,6 +112,12 @@ def last_evaluation(folder: Path) -> Evaluation | None:
         return None
     last = [np.mean(each[max(common)]["returns"]) for each in rows.values()]
     return Evaluation(max(common), float(np.mean(last)))
+
+
+def wait_for_end(folder: Path) -> None:
+    """Return once no trial's process is in a folder, wherever it was started."""
+    with open(folder.with_suffix(".lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def carry_out(

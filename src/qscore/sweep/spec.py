@@ -34,12 +34,12 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_typ
 
 import numpy as np
 
-from qscore.algorithms import ALGORITHMS
+from qscore.algorithms import ALGORITHMS, algorithm_name
 from qscore.algorithms.base import Algorithm
 from qscore.config import Range, validate
 from qscore.environments import Environment, environment_class
 from qscore.errors import UsageError
-from qscore.folder import Run, Settings, absolute, usual_preset, usual_steps
+from qscore.folder import Run, Settings, absolute, environment_name, usual_preset, usual_steps
 from qscore.panel import shortened
 
 T = TypeVar("T")
@@ -198,36 +198,15 @@ class Trial:
     chosen: dict[str, Any]
     """What the grid or the search set, by the field's name in the file."""
 
+    @property
+    def pair(self) -> tuple[str, str]:
+        """Its algorithm and its environment, as they are called in the file."""
+        return algorithm_name(self.algorithm), environment_name(self.environment)
+
     def command(self, folder: Path) -> list[str]:
         """The words of the command that does the same by hand, in a folder of its own."""
         run = Run(folder, self.algorithm, self.environment, self.settings, {})
         return [*shlex.split(run.command()), "--out", str(folder)]
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A sweep whose file was found to be in order."""
-
-    text: str
-    """The file's text."""
-    out: Path
-    engine: Engine
-    trials: list[Trial]
-    """All of them; where Optuna chooses one after the other, those at the ends of its space."""
-    resources: Resources
-    failures: Failures
-    stop_early: StopEarly | None
-    search: Search | None
-    """Where the trials are not those of a grid."""
-    space: Space
-    """What a search draws from."""
-    make: Callable[[dict[str, Any]], Trial]
-    """The trial of one configuration, where Optuna chooses: from `Trial.chosen`."""
-
-    @property
-    def adaptive(self) -> bool:
-        """Whether Optuna chooses the trials, while others run."""
-        return self.search is not None and self.search.sampler == "optuna"
 
 
 class Reader:
@@ -252,6 +231,15 @@ class Reader:
             if len(here) > deepest and here == path[: len(here)]:
                 found, deepest = number, len(here)
         return found
+
+    def has(self, path: Names) -> bool:
+        """Whether a value stands in the file."""
+        value: Any = self.values
+        for name in path:
+            if not isinstance(value, dict) or name not in value:
+                return False
+            value = value[name]
+        return True
 
     def refuse(self, path: Names, message: object) -> NoReturn:
         """Raises `UsageError` that says where."""
@@ -309,6 +297,47 @@ def _names(line: str) -> Names | None:
         ((name, value),) = value.items()
         names.append(name)
     return tuple(names)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep whose file was found to be in order."""
+
+    file: Reader
+    out: Path
+    engine: Engine
+    trials: list[Trial]
+    """All of them; where Optuna chooses one after the other, those at the ends of its space."""
+    resources: Resources
+    failures: Failures
+    stop_early: StopEarly | None
+    search: Search | None
+    """Where the trials are not those of a grid."""
+    space: Space
+    """What a search draws from."""
+    make: Callable[[dict[str, Any]], Trial]
+    """The trial of one configuration, where Optuna chooses: from `Trial.chosen`."""
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether Optuna chooses the trials, while others run."""
+        return self.search is not None and self.search.sampler == "optuna"
+
+    def refuse(self, trial: Trial, message: object) -> NoReturn:
+        """Raises `UsageError` about a trial, with the line of the field that the message names
+
+        first, and of the environments where it names none that stands in the file.
+        """
+        tables = [
+            *(("settings",), ("algorithm",), ("environment",)),
+            *((group, name) for group in ("algorithm", "environment") for name in trial.pair),
+        ]
+        for field in re.findall(r"`(?:\w+\.)*(\w+)`", str(message)):
+            for table in tables:
+                for path in ((*table, field), ("grid", ".".join((*table, field)))):
+                    if self.file.has(path):
+                        self.file.refuse(path, f"{trial.name}: {message}")
+        self.file.refuse(("environments",), f"{trial.name}: {message}")
 
 
 def parse(text: str, source: str) -> Sweep:
@@ -392,7 +421,7 @@ def parse(text: str, source: str) -> Sweep:
         seen.add(trial.name)
     default = f"runs/{Path(source).stem}"
     return Sweep(
-        text,
+        reader,
         Path(reader.get(("out",), str, default)),
         engine,
         trials,
