@@ -1,12 +1,13 @@
 """Which policies keep two equally good actions, and which settle for one or for their mean.
 
-    python experiments/multi_modality.py             # about two hours of two cores
+    python experiments/multi_modality.py             # about three hours of two cores
     python experiments/multi_modality.py --quick
 
-QSM, Diffusion-QL, SAC and TD3 on three tasks that are symmetric at one observation, so that the
-best policy has two modes there and their mean is the worst choice: a bandit with two equal arms,
-the `double_well` at its ridge, and `cartpole-swingup` hanging still. From there, actions are drawn
-from the trained policy, as it is evaluated and as it explores. The *coverage* of the two modes is
+QSM (by default and as released), Diffusion-QL, SAC and TD3 on three tasks that are symmetric at one
+observation, so that the best policy has two modes there and their mean is the worst choice: a
+bandit with two equal arms, the `double_well` at its ridge, and `cartpole-swingup` hanging still.
+From there, actions are drawn from the trained policy, as it is evaluated and as it explores. The
+*coverage* of the two modes is
 
     2 min(P(a < -0.1), P(a > 0.1))
 
@@ -29,13 +30,20 @@ from qscore.environments import DoubleWell
 BANDIT = "TwoArms-v0"
 ARM = 0.6
 MARGIN = 0.1
-ALGORITHMS = {"qsm": qs.QSM, "diffusion_ql": qs.DiffusionQL, "sac": qs.SAC, "td3": qs.TD3}
-SYMMETRIC = {
-    # task: (the observation that is its own mirror image, its action's name)
-    "bandit": ([0.0], "arms at -0.6 and 0.6"),
-    "double_well": ([0.0], "on the ridge: left or right"),
-    "cartpole-swingup": ([0.0, -1.0, 0.0, 0.0, 0.0], "hanging still: left or right"),
+VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "qsm": (qs.QSM, {}),
+    "qsm, official": (qs.QSM, {"preset": "official"}),
+    "diffusion_ql": (qs.DiffusionQL, {}),
+    "sac": (qs.SAC, {}),
+    "td3": (qs.TD3, {}),
 }
+"""Algorithms with what is set beside their defaults."""
+SYMMETRIC = {
+    "bandit": [0.0],
+    "double_well": [0.0],  # on the ridge
+    "cartpole-swingup": [0.0, -1.0, 0.0, 0.0, 0.0],  # hanging still
+}
+"""The observation of each task that is its own mirror image."""
 
 
 class TwoArms(gym.Env):
@@ -68,9 +76,9 @@ def jobs(quick: bool) -> list[Job]:
             if task != "bandit":
                 continue
             steps, warmup = 600, 300
-        for name, kind in ALGORITHMS.items():
+        for name, (kind, fields) in VARIANTS.items():
             for seed in range(1 if quick else 3):
-                algorithm = kind(warmup_steps=warmup, **small)
+                algorithm = kind(warmup_steps=warmup, **fields, **small)
                 job = Job(f"{task}/{name}", algorithm, environment, steps, seed, steps // 10)
                 found.append(job)
     return found
@@ -90,17 +98,29 @@ def draw(folder: Any, seed: int, obs: list[float], count: int, *, explore: bool)
     return np.asarray(actions)
 
 
-def picture(histograms: dict[str, dict[str, list[np.ndarray]]]) -> Figure:
-    """One row per task, one column per algorithm: the density of actions, a line per seed."""
-    figure = Figure(figsize=(11, 2.1 * len(histograms) + 0.3), layout="constrained")
-    grid = figure.subplots(len(histograms), len(ALGORITHMS), squeeze=False, sharex=True)
+def picture(actions: dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]]) -> Figure:
+    """One row per task, one column per algorithm, one colour per seed: the density of actions."""
+    figure = Figure(figsize=(12, 2.1 * len(actions) + 0.4), layout="constrained")
+    grid = figure.subplots(len(actions), len(VARIANTS), squeeze=False, sharex=True)
     bins = np.linspace(-1.0, 1.0, 41)
-    for row, (task, by_algorithm) in zip(grid, histograms.items(), strict=True):
+    for row, (task, by_algorithm) in zip(grid, actions.items(), strict=True):
         for axes, (name, seeds) in zip(row, by_algorithm.items(), strict=True):
-            for index, actions in enumerate(seeds):
-                shares = np.histogram(actions, bins)[0] / len(actions)
+            for index, (evaluated, exploring) in enumerate(seeds):
+                shares = np.histogram(exploring, bins)[0] / len(exploring)
                 axes.stairs(shares, bins, color=f"C{index}", alpha=0.35, fill=True)
-                axes.stairs(shares, bins, color=f"C{index}", linewidth=1.2)
+                axes.stairs(shares, bins, color=f"C{index}", linewidth=1.0)
+                spread = np.quantile(evaluated, [0.05, 0.95])
+                axes.plot(
+                    spread,
+                    [-0.04 * (index + 1)] * 2,
+                    color=f"C{index}",
+                    linewidth=2.5,
+                    marker="|",
+                    transform=axes.get_xaxis_transform(),
+                    clip_on=False,
+                )
+            axes.tick_params(axis="x", pad=9)
+            axes.set_xlim(-1.05, 1.05)
             axes.set_ylim(bottom=0)
             axes.spines[["top", "right"]].set_visible(False)
             if axes in grid[0]:
@@ -108,7 +128,11 @@ def picture(histograms: dict[str, dict[str, list[np.ndarray]]]) -> Figure:
         row[0].set_ylabel(f"{task}\nshare of actions", fontsize=8)
     for axes in grid[-1]:
         axes.set_xlabel("action")
-    figure.suptitle("actions at the symmetric observation, as evaluated; one colour per seed")
+    figure.suptitle(
+        "actions at the symmetric observation, one colour per seed: while exploring (areas) and as "
+        "evaluated (bars below: 5% to 95%)",
+        fontsize=10,
+    )
     return figure
 
 
@@ -121,33 +145,31 @@ def main(argv: list[str] | None = None) -> None:
     if not train(todo, runs):
         print("other processes are still at some of the runs; they will write the results")
         return
-    results, histograms = summary(args, todo)
+    results, actions = summary(args, todo)
     print(table(results))
-    save(args, {"margin": MARGIN, "tasks": results}, picture(histograms))
+    save(args, {"margin": MARGIN, "tasks": results}, picture(actions))
 
 
 def summary(args: argparse.Namespace, todo: list[Job]) -> tuple[dict, dict]:
     """Per task and algorithm: coverage and last return of every seed; and the actions drawn."""
     runs, _ = places(args)
     results: dict[str, dict[str, Any]] = {}
-    histograms: dict[str, dict[str, list[np.ndarray]]] = {}
+    actions: dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]] = {}
     for job in todo:
         task, name = job.name.split("/")
         folder = job.folder(runs)
         row = results.setdefault(task, {}).setdefault(
             name, {"steps": job.steps, "coverage": {}, "coverage_exploring": {}, "return": {}}
         )
-        drawn = {
-            explore: draw(
-                folder, job.seed, SYMMETRIC[task][0], 100 if args.quick else 2000, explore=explore
-            )
+        evaluated, exploring = (
+            draw(folder, job.seed, SYMMETRIC[task], 100 if args.quick else 2000, explore=explore)
             for explore in (False, True)
-        }
-        row["coverage"][str(job.seed)] = round(coverage(drawn[False]), 3)
-        row["coverage_exploring"][str(job.seed)] = round(coverage(drawn[True]), 3)
+        )
+        row["coverage"][str(job.seed)] = round(coverage(evaluated), 3)
+        row["coverage_exploring"][str(job.seed)] = round(coverage(exploring), 3)
         row["return"][str(job.seed)] = round(qs.Run.open(folder).summary["final_returns"][0], 2)
-        histograms.setdefault(task, {}).setdefault(name, []).append(drawn[False])
-    return results, histograms
+        actions.setdefault(task, {}).setdefault(name, []).append((evaluated, exploring))
+    return results, actions
 
 
 def table(results: dict[str, Any]) -> str:
