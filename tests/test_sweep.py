@@ -405,7 +405,8 @@ import json, sys, threading, time
 from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
-from qscore.sweep import _alone, sweep
+from qscore.errors import UsageError
+from qscore.sweep import sweep
 
 spec, out = Path(sys.argv[1]), Path(sys.argv[2])
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -418,9 +419,15 @@ def lose_a_node():
         time.sleep(0.05)
     cluster.remove_node(other, allow_graceful=False)
 
+wider = spec.with_name("wider.toml")
+wider.write_text(spec.read_text() + "cores = 2")
+try:
+    sweep(wider)
+except UsageError as error:
+    refused = str(error)
 threading.Thread(target=lose_a_node, daemon=True).start()
 outcome = sweep(spec, progress=False)
-print(json.dumps(outcome.counts | {"failures": outcome.failures}))
+print(json.dumps(outcome.counts | {"failures": outcome.failures, "refused": refused}))
 ray.shutdown()
 cluster.shutdown()
 """
@@ -441,6 +448,8 @@ def test_a_node_that_is_lost_changes_nothing(tasks, alone, tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["done"], result["failures"]) == (2, {})
+    words = r"line \d+: a trial needs 2 CPU, and the largest of the 2 nodes has 1\."
+    assert re.search(words, result["refused"])
     rows = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
     assert [row["stage"] for row in rows].count("running") == 3  # one of the two began again
     slow = out / "sweep_tasks_Slow-v0-td3"

@@ -474,10 +474,13 @@ def _sweep(asked: Sweep) -> None:
         print(f"best on {task:<13} {said}", file=sys.stderr)
     if done.report is not None:
         print(f"report                {done.report}", file=sys.stderr)
+    waiting = done.counts["waiting"]
+    if waiting and not done.failures:
+        print(f"note: {waiting} trials less than asked: the space has no more", file=sys.stderr)
     if done.failures:
         for name, message in done.failures.items():
             print(f"failed: {name}: {message}", file=sys.stderr)
-        left = f", {count} were not begun" if (count := done.counts["waiting"]) else ""
+        left = f", {waiting} were not begun" if waiting else ""
         raise RunStopped(
             f"{len(done.failures)} of {done.counts['expected']} trials failed{left}; to try those "
             f"again: {done.retry}"
