@@ -162,7 +162,7 @@ def test_bench_reports_the_contracts_fields(capsys, monkeypatch):
         *("env_steps_per_second", "compile_seconds", "peak_memory_mb"),
     ]
     assert all(value > 0 for value in list(row.values())[2:])
-    assert "updates_per_second" in call(capsys, "bench", "--environment", "Pendulum-v1")[1]
+    assert "updates_per_second" in call(capsys, "bench", "td3", "--environment", "Pendulum-v1")[1]
 
 
 def test_it_also_runs_as_a_module():
