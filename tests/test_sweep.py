@@ -159,6 +159,29 @@ BAD = {
     "beyond": (SEARCH.replace("high = 4", "high = 4_000"), "line 9: `noise_levels` must lie"),
     "no samples": (SEARCH.replace("samples = 40", ""), r"line 4: \[search\] lacks `samples`"),
     "early here": (GRID + "[stop_early]\ngrace = 10", r"line 21: \[stop_early\] needs engine"),
+    "no list of choices": (
+        SEARCH.replace("[[8], [16]]", "3"), "line 10: .*choices` must be a list; got 3"
+    ),
+    "no choice": (SEARCH.replace("[[8], [16]]", "[]"), "line 10: give .* of at least one"),
+    "a choice twice": (SEARCH.replace("[16]", "[8]"), r"line 10: `choices` has \[8\] twice"),
+    "log of what": (SEARCH.replace("log = true", "log = 1"), "line 8: `log` must be true or false"),
+    "too small a space": (
+        re.sub('"algorithm.(actor_lr|noise).*\n', "", SEARCH), "line 5: `samples` is 40, .* than 2"
+    ),
+    "infinite": (GRID.replace("batch_size = 32", "critic_lr = inf"), "line 10: `critic_lr`"),
+    "too many seeds": (changed("[3, 4, 7]", "1000000000"), "line 4: `seeds` is 1000000000;"),
+    "too large a seed": (changed("7]", "99999999999]"), r"line 4: `seed_start` must lie"),
+    "too many trials": (changed("[1, 2]", str(list(range(1, 20000)))), "line 18: .* at most"),
+    "too long a name": (changed("[8]", str([1000] * 60)), "line 18: a folder would have a name of"),
+    "one field twice": (
+        GRID + '"algorithm.hidden" = [[8], [9]]', "line 21: .* sets what 'algorithm.qsm.h"
+    ),
+    "seeds in the grid": (GRID + '"settings.seeds" = [1, 2]', "line 21: seeds are set by"),
+    "stopped too late": (
+        'engine = "ray"\n' + changed('"Pendulum-v1", ', "") + "[stop_early]\ngrace = 500",
+        "line 23: `grace` must be below `settings.steps`",
+    ),
+    "no address": (GRID + '[resources]\naddress = ""', "line 22: `address` must be HOST:PORT"),
     "resources": (GRID + "[resources]\ncores = 0", r"line 22: `cores` must lie in \[1, inf\)"),
 }  # fmt: skip
 
@@ -326,7 +349,9 @@ def test_a_trial_that_fails_takes_no_other_with_it(tasks, alone, tmp_path):
         rows
     )
     path.write_text(path.read_text().replace("batch_size = 4", "batch_size = 8"))
-    with pytest.raises(qs.UsageError, match="begun with another algorithm: `batch_size` 4, not 8"):
+    with pytest.raises(
+        qs.UsageError, match="begun with other fields of its algorithm: `batch_size` 4, not"
+    ):
         sweep(path, resume=True)
 
 
@@ -476,6 +501,9 @@ def test_optuna_learns_from_what_an_earlier_sitting_did(tmp_path):
             board.evaluated(trial.name, Evaluation(100, value))
         board.ended(trial.name, stage)
     board.close()
+    done = tmp_path / first[0].name
+    done.mkdir(parents=True)
+    (done / "summary.json").touch()
 
     again = Board(tmp_path, [], 12, screen=False)
     for row in read_trials(tmp_path):
@@ -541,8 +569,14 @@ def test_a_sweep_never_writes_into_what_is_there(tmp_path):
     path.write_text(path.read_text().replace("Pendulm", "Pendulum") + "\n[resources]\ncores = 999")
     with pytest.raises(qs.UsageError, match="line 5: `cores` is 999; this process may use"):
         sweep(path)
+    path.write_text(path.read_text().replace("cores = 999", "share = 0.5"))
+    with pytest.raises(qs.UsageError, match="line 5: `share` is for engine = 'ray'"):
+        sweep(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as editors on Windows write it
+    with pytest.raises(qs.UsageError, match="line 5: `share` is for engine = 'ray'"):
+        sweep(path)
     pytest.importorskip("ray", reason="Ray, the extra `sweep`, is not installed")
-    path.write_text('engine = "ray"\n' + path.read_text() + "\naddress = '127.0.0.1:1'")
+    path.write_text('engine = "ray"\n' + path.read_text("utf-8-sig") + "\naddress = '127.0.0.1:1'")
     with pytest.raises(qs.UsageError, match="line 7: no Ray cluster at '127.0.0.1:1': .*refused"):
         sweep(path)
 
@@ -587,3 +621,22 @@ def test_the_best_is_among_those_that_can_be_compared(tmp_path):
     best = {"configuration": "lq-td3-eval_episodes=1", "return": -2.0, "trials": 2}
     assert board.counts()["best"] == {"lq": best}
     board.close()
+
+
+def test_what_is_known_of_trials_may_be_damaged(tmp_path):
+    trials = parse(GRID, "g.toml").trials[:2]
+    board = Board(tmp_path, trials, 2, screen=False)
+    for trial in trials:
+        (tmp_path / trial.name).mkdir(parents=True)
+        (tmp_path / trial.name / "summary.json").touch()
+        board.ended(trial.name, "done")
+    board.close()
+    (tmp_path / trials[0].name / "summary.json").unlink()  # its folder was deleted, say
+    again = Board(tmp_path, trials, 2, screen=False)
+    again.recall(retry=False)
+    again.close()
+    assert again.names("waiting") == [trials[0].name] and again.names("done") == [trials[1].name]
+    with open(tmp_path / "trials.jsonl", "a") as file:
+        file.write("[1]\n")
+    with pytest.raises(qs.UsageError, match=r"trials.jsonl, line 3, is not a trial: \[1\]"):
+        read_trials(tmp_path)

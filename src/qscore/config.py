@@ -21,7 +21,8 @@ class Range:
 
     def __contains__(self, value: int | float) -> bool:
         above = value > self.low if self.low_open else value >= self.low
-        below = value < self.high if self.high_open else value <= self.high
+        within = self.high_open or self.high == math.inf  # (inf itself is no setting)
+        below = value < self.high if within else value <= self.high
         return above and below
 
     def __str__(self) -> str:

@@ -43,8 +43,8 @@ class Settings:
     [0, inf)."""
     seeds: Annotated[int, Range(1, 1000)] = 1
     """Independent seeds trained side by side, in [1, 1000]."""
-    seed_start: Annotated[int, Range(0)] = 0
-    """The first seed, in [0, inf); the others follow."""
+    seed_start: Annotated[int, Range(0, 2_000_000_000)] = 0
+    """The first seed, in [0, 2e+09]; the others follow."""
     eval_every: Annotated[int | None, Range(1)] = None
     """Steps between evaluations, each with a checkpoint, in [1, inf). None is a twentieth of the
     run."""

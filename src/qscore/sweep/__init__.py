@@ -56,7 +56,7 @@ def sweep(
             f"`out` is {asked.out}, which exists and is not an empty folder; to go on with the "
             f"sweep in it: {again}",
         )
-    if resume and not (asked.out / "trials.jsonl").is_file():
+    if resume and not (asked.out / "sweep.toml").is_file():
         raise UsageError(f"there is no sweep in {asked.out} to go on with.")
     for trial in asked.trials:
         _check_same(trial, asked.out / trial.name)
@@ -65,7 +65,7 @@ def sweep(
         try:
             asked.out.mkdir(parents=True, exist_ok=True)
             (asked.out / "sweep.toml").write_text(asked.file.text)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             asked.file.refuse(("out",), f"cannot write to `out`, {asked.out}: {error}.")
         with _alone(asked.out), run.interruptible() as stopping:
             board = _board(asked, retry=retry, screen=progress)
@@ -88,7 +88,7 @@ def sweep(
 def _read(path: Path) -> Sweep:
     """The sweep in a file; the file as a name in messages is as it was given."""
     try:
-        return parse(path.read_text(), str(path))
+        return parse(path.read_text("utf-8-sig"), str(path))
     except OSError as error:
         raise UsageError(f"cannot read the sweep {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
@@ -155,8 +155,8 @@ def _check_same(trial: Trial, folder: Path) -> None:
     found = Run.open(folder)
     settings = run.filled(trial.settings, trial.environment)
     for name, there, asked in (
-        ("algorithm", found.algorithm, trial.algorithm),
-        ("environment", found.environment, trial.environment),
+        ("fields of its algorithm", found.algorithm, trial.algorithm),
+        ("fields of its environment", found.environment, trial.environment),
         ("settings", found.settings, settings),
     ):
         if there != asked:
@@ -164,7 +164,7 @@ def _check_same(trial: Trial, folder: Path) -> None:
                 f"`{field}` {value!r}, not {getattr(asked, field)!r}"
                 for field, value in differences(there, asked).items()
             )
-            raise UsageError(f"{folder} was begun with another {name}: {said}.")
+            raise UsageError(f"{folder} was begun with other {name}: {said}.")
 
 
 def _report(folder: Path, board: Board) -> Path | None:

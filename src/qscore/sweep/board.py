@@ -31,6 +31,9 @@ from qscore.sweep.spec import Trial
 Stage = Literal["waiting", "running", "done", "failed", "stopped", "interrupted"]
 """Of a trial in a sweep: `stopped` early, for others were better; `interrupted` with the sweep."""
 
+COLUMNS = {"time", "trial", "stage", "return", "message", "chosen"}
+"""Of a line of `trials.jsonl`."""
+
 ENDED: tuple[Stage, ...] = ("done", "failed", "stopped")
 WRITE_SECONDS, DRAW_SECONDS = 10.0, 0.5
 """Between lines of `progress.jsonl`, and between drawings of the table."""
@@ -75,7 +78,9 @@ class Board:
         again = ("failed",) if retry else ()
         for row in read_trials(self.folder):
             if (entry := self.entries.get(row["trial"])) is not None:
-                ended = row["stage"] in ENDED and row["stage"] not in again
+                summary = self.folder / entry.trial.name / "summary.json"
+                lost = row["stage"] == "done" and not summary.is_file()  # somebody deleted it
+                ended = row["stage"] in ENDED and row["stage"] not in again and not lost
                 entry.stage = row["stage"] if ended else "waiting"
                 entry.message = row["message"] if ended else ""
                 entry.value = row["return"]
@@ -208,7 +213,10 @@ def read_trials(folder: Path) -> list[dict[str, Any]]:
         if not line.endswith(b"\n"):
             break
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError as error:
             raise UsageError(f"{path}, line {number}, is not JSON: {error}.") from error
+        if not isinstance(row, dict) or not row.keys() >= COLUMNS:
+            raise UsageError(f"{path}, line {number}, is not a trial: {line.decode().strip()}")
+        rows.append(row)
     return rows

@@ -35,7 +35,7 @@ from qscore.errors import RunStopped, UsageError
 from qscore.folder import cores_here, installed_versions
 from qscore.sweep.board import ENDED, Board
 from qscore.sweep.process import Attempt, Evaluation, wait, wait_for_end
-from qscore.sweep.spec import Dimension, Sweep, Trial, rounded
+from qscore.sweep.spec import REPEATS, Dimension, Sweep, Trial, rounded
 
 ANSWER_SECONDS = 120.0
 """How long a node may take to answer."""
@@ -45,9 +45,6 @@ CONNECT_SECONDS = 10.0
 
 STEP_SECONDS = 5.0
 """A step of Tune's takes no longer, for a trial cannot be stopped within one."""
-
-REPEATS = 100
-"""Suggestions of Optuna's in a row that were tried before, after which there are no more."""
 
 NEVER = 10**12
 """Steps that no trial takes: early stopping is not what ends one that comes to its last step."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from qscore.folder import cores_here
 from qscore.sweep.board import Board
 from qscore.sweep.process import carry_out
-from qscore.sweep.spec import Sweep, Trial
+from qscore.sweep.spec import Resources, Sweep, Trial
 
 
 @contextmanager
@@ -18,8 +18,9 @@ def ready(sweep: Sweep) -> Iterator[None]:
             ("resources", "cores"),
             f"`cores` is {sweep.resources.cores}; this process may use {cores_here()}.",
         )
-    for name in ("gpus", "address"):
-        if getattr(sweep.resources, name):
+    usual = Resources()
+    for name in ("share", "gpus", "address"):
+        if getattr(sweep.resources, name) != getattr(usual, name):
             sweep.file.refuse(("resources", name), f"`{name}` is for engine = 'ray'.")
     yield
 

@@ -53,6 +53,15 @@ Fields = dict[Names, Any]
 Engine = Literal["local", "ray"]
 
 VALUES = ("algorithms", "environments", "seeds", "seeds_per_trial", "out", "engine")
+MOST_TRIALS = 100_000
+"""Of a sweep: a table of more would not be read, and their folders would not be listed."""
+
+LONGEST_NAME = 200
+"""Of a folder, in bytes; most file systems have 255, and files beside it have longer ones."""
+
+REPEATS = 100
+"""Draws in a row that were drawn before, after which there are no more."""
+
 TABLES = (
     *("settings", "algorithm", "environment", "grid", "search", "stop_early", "resources"),
     "failures",
@@ -76,6 +85,8 @@ class Resources:
 
     def __post_init__(self):
         validate(self)
+        if self.address == "":
+            raise ValueError("`address` must be HOST:PORT or 'auto', got ''.")
 
 
 @dataclass(frozen=True)
@@ -123,10 +134,13 @@ class Dimension:
     """The values themselves, instead of a range."""
 
     def __post_init__(self):
+        for i, value in enumerate(self.choices):
+            if value in self.choices[:i]:
+                raise ValueError(f"`choices` has {value!r} twice.")
         if bool(self.choices) == (self.low is not None) or (self.low is None) != (
             self.high is None
         ):
-            raise ValueError("give either `low` and `high`, or `choices`.")
+            raise ValueError("give either `low` and `high`, or `choices`, of at least one.")
         if self.low is not None and self.high is not None:
             for name in ("low", "high"):
                 value = getattr(self, name)
@@ -332,7 +346,10 @@ class Sweep:
             *(("settings",), ("algorithm",), ("environment",)),
             *((group, name) for group in ("algorithm", "environment") for name in trial.pair),
         ]
-        for field in re.findall(r"`(?:\w+\.)*(\w+)`", str(message)):
+        named = re.findall(r"`(?:\w+\.)*(\w+)`", str(message))
+        if trial.settings.dataset is not None and str(trial.settings.dataset) in str(message):
+            named = ["dataset"]
+        for field in named:
             for table in tables:
                 for path in ((*table, field), ("grid", ".".join((*table, field)))):
                     if self.file.has(path):
@@ -390,6 +407,14 @@ def parse(text: str, source: str) -> Sweep:
             ("stop_early",), "[stop_early] compares returns, so it needs one environment."
         )
 
+    if stop_early is not None and any(
+        isinstance(steps, int) and steps <= stop_early.grace
+        for steps in axes.get(
+            ("settings", "steps"), [reader.get(("settings", "steps"), int, 10**12)]
+        )
+    ):
+        reader.refuse(("stop_early", "grace"), "`grace` must be below `settings.steps`.")
+
     def make(pair: tuple[str, str], chosen: Fields) -> list[Trial]:
         return _trials(reader, *pair, chosen, blocks)
 
@@ -397,11 +422,15 @@ def parse(text: str, source: str) -> Sweep:
     for pair in pairs:
         if search is None:
             own = {path: values for path, values in axes.items() if _applies(path, pair)}
+            _refuse_both(reader, own)
+            if len(trials) + len(blocks) * math.prod(map(len, own.values())) > MOST_TRIALS:
+                reader.refuse(("grid",), f"a sweep has at most {MOST_TRIALS} trials.")
             for values in itertools.product(*own.values()):
                 trials += make(pair, dict(zip(own, values, strict=True)))
         else:
             generator = np.random.default_rng(search.seed)
-            drawn = [_draw(space, pair, generator) for _ in range(search.samples)]
+            samples = 1 if search.sampler == "optuna" else search.samples
+            drawn = _draws(reader, space, pair, samples, generator)
             ends = [
                 drawn[0] | {path: end}
                 for path, each in space.items()
@@ -460,6 +489,8 @@ def _check_tables(reader: Reader, algorithms: list[str], environments: list[str]
 def _seed_blocks(reader: Reader) -> list[list[int]]:
     """The seeds of each trial."""
     asked = reader.values.get("seeds", 1)
+    if type(asked) is int and asked > MOST_TRIALS:
+        reader.refuse(("seeds",), f"`seeds` is {asked}; a sweep has at most {MOST_TRIALS} trials.")
     seeds = list(range(asked)) if type(asked) is int else asked
     if (
         not isinstance(seeds, list)
@@ -507,12 +538,27 @@ def _axis(reader: Reader, name: str) -> list[Any]:
     return values
 
 
+def _refuse_both(reader: Reader, axes: Fields) -> None:
+    """Refuse a field that two axes of one algorithm on one environment set."""
+    seen: dict[tuple[str, str], Names] = {}
+    for path in axes:
+        if (other := seen.setdefault((path[0], path[-1]), path)) != path:
+            name = ".".join(path)
+            reader.refuse(("grid", name), f"{name!r} sets what {'.'.join(other)!r} sets, too.")
+
+
 def _search(reader: Reader, algorithms: list[str], environments: list[str]) -> tuple[Search, Space]:
     """The table [search], and the dimensions in it by field."""
     table = dict(reader.get(("search",), dict, {}))
     table.pop("space", None)
     origins = {"": ("search",), **{name: ("search", name) for name in table}}
     search = reader.build(Search, table, origins)
+    for name, dimension in reader.get(("search", "space"), dict, {}).items():
+        path = ("search", "space", name)
+        reader.get(path, dict, {})
+        reader.get((*path, "choices"), list, [])
+        if not isinstance(log := dimension.get("log", False), bool):
+            reader.refuse(path, f"`log` must be true or false, got {log!r}.")
     space = {
         _field(reader, ("search", "space", name), algorithms, environments): reader.section(
             Dimension, "search", "space", name
@@ -529,10 +575,29 @@ def _applies(path: Names, pair: tuple[str, str]) -> bool:
     return len(path) == 2 or path[1] in pair
 
 
-def _draw(space: Space, pair: tuple[str, str], generator: np.random.Generator) -> Fields:
-    return {
-        path: dimension.draw(generator) for path, dimension in space.items() if _applies(path, pair)
-    }
+def _draws(
+    reader: Reader,
+    space: Space,
+    pair: tuple[str, str],
+    count: int,
+    generator: np.random.Generator,
+) -> list[Fields]:
+    """So many configurations, all different."""
+    own = {path: dimension for path, dimension in space.items() if _applies(path, pair)}
+    found: list[Fields] = []
+    for _ in range(count):
+        for _ in range(REPEATS):
+            drawn = {path: dimension.draw(generator) for path, dimension in own.items()}
+            if drawn not in found:
+                break
+        else:
+            reader.refuse(
+                ("search", "samples"),
+                f"`samples` is {count}, and the space has hardly more than {len(found)} "
+                f"configurations of {pair[0]} on {pair[1]}.",
+            )
+        found.append(drawn)
+    return found
 
 
 def _trials(
@@ -558,8 +623,12 @@ def _trials(
     )
     settings = configure(Settings, "settings", "", {"steps": usual_steps(task)})
     for name in ("seeds", "seed_start"):
-        if name in reader.get(("settings",), dict, {}) or ("settings", name) in chosen:
-            reader.refuse(("settings", name), "seeds are set by `seeds`, above all tables.")
+        for path, has in (
+            (("settings", name), name in reader.get(("settings",), dict, {})),
+            (("grid", f"settings.{name}"), ("settings", name) in chosen),
+        ):
+            if has:
+                reader.refuse(path, "seeds are set by `seeds`, above all tables.")
     if settings.dataset is not None:
         settings = dataclasses.replace(settings, dataset=absolute(settings.dataset))
     preset = usual_preset(algorithm, task, offline=settings.dataset is not None)
@@ -571,12 +640,25 @@ def _trials(
         for path, v in chosen.items()
     )
     name = re.sub(r"[^\w.,=+-]+", "_", f"{environment.replace('/', '-')}-{algorithm}{varied}")
+    if len(name.encode()) > LONGEST_NAME:
+        reader.refuse(
+            ("search", "space") if "search" in reader.values else ("grid",),
+            f"a folder would have a name of {len(name.encode())} bytes, more than {LONGEST_NAME}: "
+            f"{name[:40]}...",
+        )
+
+    def seeded(block: list[int]) -> Settings:
+        try:
+            return dataclasses.replace(settings, seeds=len(block), seed_start=block[0])
+        except ValueError as error:
+            reader.refuse(("seeds",), error)
+
     return [
         Trial(
             f"{name}/seed-{block[0]}" + (f"-to-{block[-1]}" if len(block) > 1 else ""),
             learner,
             task,
-            dataclasses.replace(settings, seeds=len(block), seed_start=block[0]),
+            seeded(block),
             {".".join(path): value for path, value in chosen.items()},
         )
         for block in blocks
