@@ -173,11 +173,13 @@ def save(args: argparse.Namespace, results: dict[str, Any], figure: Figure | Non
 
 
 def commit() -> str:
-    """The commit that is checked out; marked where files differ from it."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=10"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    return described.stdout.strip() or "unknown"
+    """The commit that is checked out; marked where code differs from it, and not its results."""
+    code = ("--", ".", ":!experiments/results", ":!docs/assets")
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    found = git("rev-parse", "--short=10", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no", *code)
+    return (found or "unknown") + ("-dirty" if changed else "")
