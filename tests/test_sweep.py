@@ -113,6 +113,14 @@ def test_a_random_search_draws_from_its_space_the_same_every_time():
     assert algorithms != [trial.algorithm for trial in other]
 
 
+def test_random_configurations_are_all_different_and_only_where_something_varies():
+    text = SEARCH.replace("samples = 40", "samples = 6").replace('["qsm"]', '["qsm", "sac"]')
+    text = re.sub('"algorithm.actor_lr.*\n', "", text).replace("m.hidden", "m.qsm.hidden")
+    text = text.replace("m.noise_levels", "m.qsm.noise_levels")
+    names = [trial.name for trial in parse(text, "s.toml").trials]
+    assert len(set(names)) == len(names) == 6 + 1 and names[-1] == "Pendulum-v1-sac/seed-0"
+
+
 def test_ranges_of_whole_numbers_reach_both_ends_evenly():
     draws = [Dimension(low=1, high=3).draw(np.random.default_rng(i)) for i in range(900)]
     assert all(250 < draws.count(value) < 350 for value in (1, 2, 3))

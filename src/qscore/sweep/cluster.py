@@ -182,7 +182,8 @@ class Optuna(Searcher):
         found = result or {}
         value = None if error or found.get("stage") == "failed" else found.get("value")
         state = optuna.trial.TrialState.FAIL if value is None else None
-        self.study.tell(self.asked.pop(trial_id), value, state=state)
+        if (asked := self.asked.pop(trial_id, None)) is not None:  # Tune may say it twice
+            self.study.tell(asked, value, state=state)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: what is to be known of a trial is known from the sweep's own files."""

@@ -184,8 +184,8 @@ def rounded(value: int | float) -> int | float:
 class Search:
     """`[search]`: configurations drawn from a space, rather than all of a grid."""
 
-    samples: Annotated[int, Range(1)]
-    """Configurations of each algorithm on each environment, in [1, inf)."""
+    samples: Annotated[int, Range(1, 10_000)]
+    """Configurations of each algorithm on each environment, in [1, 10000]."""
     sampler: Literal["random", "optuna"] = "random"
     """Independent draws, or Optuna's tree-structured Parzen estimator, which learns from those that
     have ended and needs Ray."""
@@ -582,13 +582,15 @@ def _draws(
     count: int,
     generator: np.random.Generator,
 ) -> list[Fields]:
-    """So many configurations, all different."""
+    """So many configurations, all different; just one where none of the space is a field of them."""
     own = {path: dimension for path, dimension in space.items() if _applies(path, pair)}
-    found: list[Fields] = []
+    if not own:
+        return [{}]
+    found: dict[str, Fields] = {}
     for _ in range(count):
         for _ in range(REPEATS):
             drawn = {path: dimension.draw(generator) for path, dimension in own.items()}
-            if drawn not in found:
+            if str(drawn) not in found:
                 break
         else:
             reader.refuse(
@@ -596,8 +598,8 @@ def _draws(
                 f"`samples` is {count}, and the space has hardly more than {len(found)} "
                 f"configurations of {pair[0]} on {pair[1]}.",
             )
-        found.append(drawn)
-    return found
+        found[str(drawn)] = drawn
+    return list(found.values())
 
 
 def _trials(
