@@ -582,7 +582,7 @@ def _draws(
     count: int,
     generator: np.random.Generator,
 ) -> list[Fields]:
-    """So many configurations, all different; just one where none of the space is a field of them."""
+    """So many configurations, all different; one, where nothing of the space concerns them."""
     own = {path: dimension for path, dimension in space.items() if _applies(path, pair)}
     if not own:
         return [{}]
