@@ -346,7 +346,7 @@ def run(
             max_concurrent_trials=resources.workers,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
-            metric="value" if scheduler else None,
+            metric="value" if scheduler else None,  # a searcher has its own
             mode="max" if scheduler else None,
         ),
         run_config=tune.RunConfig(

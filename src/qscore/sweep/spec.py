@@ -407,14 +407,6 @@ def parse(text: str, source: str) -> Sweep:
             ("stop_early",), "[stop_early] compares returns, so it needs one environment."
         )
 
-    if stop_early is not None and any(
-        isinstance(steps, int) and steps <= stop_early.grace
-        for steps in axes.get(
-            ("settings", "steps"), [reader.get(("settings", "steps"), int, 10**12)]
-        )
-    ):
-        reader.refuse(("stop_early", "grace"), "`grace` must be below `settings.steps`.")
-
     def make(pair: tuple[str, str], chosen: Fields) -> list[Trial]:
         return _trials(reader, *pair, chosen, blocks)
 
@@ -448,6 +440,8 @@ def parse(text: str, source: str) -> Sweep:
             where = ("search", "samples") if search else ("grid",)
             reader.refuse(where, f"two runs would have the name {trial.name}.")
         seen.add(trial.name)
+        if stop_early is not None and trial.settings.total_steps <= stop_early.grace:
+            reader.refuse(("stop_early", "grace"), "`grace` must be below `settings.steps`.")
     default = f"runs/{Path(source).stem}"
     return Sweep(
         reader,
