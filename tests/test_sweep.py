@@ -243,11 +243,12 @@ class Dies(Fine):  # once, as if the system had run out of memory
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
-class Slow(Fine):
+class Held(Fine):  # short of its last evaluation, for as long as the gate is shut
     def trouble(self):
-        time.sleep(0.02)
+        if self.taken > 245 and not Path(os.environ["SWEEP_GATE"]).exists():
+            time.sleep(1.0)
 
-for kind in (Fine, Breaks, Explodes, Dies, Slow):
+for kind in (Fine, Breaks, Explodes, Dies, Held):
     gym.register(f"{kind.__name__}-v0", entry_point=kind, max_episode_steps=10)
 '''
 
@@ -282,6 +283,13 @@ def tasks(tmp_path_factory):
         "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),  # which are the same in all trials
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
     }
+
+
+@pytest.fixture
+def gate(tasks, tmp_path):
+    """What the task Held waits for; it is shut until someone makes this file."""
+    tasks["SWEEP_GATE"] = str(tmp_path / "gate")
+    return tmp_path / "gate"
 
 
 def write(
@@ -364,36 +372,43 @@ def test_a_trial_that_fails_takes_no_other_with_it(tasks, alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_whose_driver_was_killed_is_finished(tasks, alone, tmp_path):
-    path, out = write(tmp_path, "Fine", "Slow", workers=1), tmp_path / "out"
+def test_a_sweep_whose_driver_was_killed_is_finished(tasks, gate, alone, tmp_path):
+    path, out = write(tmp_path, "Fine", "Held", workers=1), tmp_path / "out"
     command = [sys.executable, "-m", "qscore", "sweep", str(path)]
     with subprocess.Popen(command, env=tasks, stderr=subprocess.DEVNULL) as driver:
-        slow = out / "sweep_tasks_Slow-v0-td3" / "seed-0"
-        until(lambda: (slow / "checkpoints" / "100").is_dir())
+        held = out / "sweep_tasks_Held-v0-td3" / "seed-0"
+        until(lambda: (held / "checkpoints" / "200").is_dir())
         driver.kill()
+    gate.touch()
     fine = out / "sweep_tasks_Fine-v0-td3" / "seed-0" / "summary.json"
     written = fine.stat().st_mtime_ns
     done = qscore(tasks, "sweep", path, "--resume")
     assert done.returncode == 0, done.stderr
-    assert figures(slow) == figures(fine.parent) == alone[0]
+    assert figures(held) == figures(fine.parent) == alone[0]
     assert fine.stat().st_mtime_ns == written  # it was not repeated
 
 
 @pytest.mark.slow
-def test_with_ray_too_and_it_stops_early_what_is_worse(tasks, alone, tmp_path):
+def test_with_ray_too_and_it_stops_early_what_is_worse(tasks, gate, alone, tmp_path):
     """Seed 1 is cut short and goes on; after it seed 0, which at 200 steps has less return."""
     pytest.importorskip("ray", reason="Ray, the extra `sweep`, is not installed")
-    path = write(tmp_path, "Slow", seeds=[1, 0], workers=1, more='engine = "ray"\n')
+    path = write(tmp_path, "Held", seeds=[1, 0], workers=1, more='engine = "ray"\n')
     path.write_text(path.read_text() + "[stop_early]\ngrace = 200\nfactor = 2")
     out = tmp_path / "out"
-    first, second = (out / "sweep_tasks_Slow-v0-td3" / f"seed-{i}" for i in (1, 0))
+    first, second = (out / "sweep_tasks_Held-v0-td3" / f"seed-{i}" for i in (1, 0))
     command = [sys.executable, "-m", "qscore", "sweep", str(path)]
     with subprocess.Popen(command, env=tasks, stderr=subprocess.DEVNULL) as driver:
         until(lambda: (first / "checkpoints" / "100").is_dir())
         driver.kill()
-    done = qscore(tasks, "sweep", path, "--resume", "--json")
-    assert done.returncode == 0, done.stderr
-    assert {"done": 1, "stopped": 1, "failed": 0}.items() <= json.loads(done.stdout).items()
+    gate.touch()
+    command += ["--resume", "--json"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=tasks, stdout=pipe, stderr=pipe, text=True) as driver:
+        until(lambda: (first / "summary.json").is_file())
+        gate.unlink()  # so that seed 0 does not end before it is stopped
+        result, said = driver.communicate(timeout=120)
+    assert driver.returncode == 0, said
+    assert {"done": 1, "stopped": 1, "failed": 0}.items() <= json.loads(result).items()
     assert figures(first) == alone[1]
     assert (second / "checkpoints" / "200").is_dir() and not (second / "summary.json").exists()
     assert [row["stage"] for row in read_trials(out)] == [
@@ -403,12 +418,12 @@ def test_with_ray_too_and_it_stops_early_what_is_worse(tasks, alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupted_sweep_writes_checkpoints(tasks, tmp_path):
-    path, out = write(tmp_path, "Slow"), tmp_path / "out"
+def test_an_interrupted_sweep_writes_checkpoints(tasks, gate, tmp_path):
+    path, out = write(tmp_path, "Held"), tmp_path / "out"
     command = [sys.executable, "-m", "qscore", "sweep", str(path)]
-    slow = out / "sweep_tasks_Slow-v0-td3" / "seed-0"
+    held = out / "sweep_tasks_Held-v0-td3" / "seed-0"
     with subprocess.Popen(command, env=tasks, stderr=subprocess.PIPE, text=True) as driver:
-        until(lambda: (slow / "checkpoints" / "100").is_dir())
+        until(lambda: (held / "checkpoints" / "200").is_dir())
         # another driver is refused
         with (
             pytest.raises(qs.UsageError, match="another process carries out the sweep"),
@@ -418,11 +433,11 @@ def test_an_interrupted_sweep_writes_checkpoints(tasks, tmp_path):
         driver.send_signal(signal.SIGINT)
         _, said = driver.communicate(timeout=120)
     assert driver.returncode == 130 and f"qscore sweep {path} --resume" in said
-    assert not (slow / "summary.json").exists()
+    assert not (held / "summary.json").exists()
     rows = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
     assert rows[-1]["stage"] == "interrupted"
-    done = [int(each.name) for each in (slow / "checkpoints").iterdir()]
-    assert max(done) > 100  # one was written for the interrupt
+    done = [int(each.name) for each in (held / "checkpoints").iterdir()]
+    assert max(done) > 200  # one was written for the interrupt
 
 
 def until(condition, seconds: float = 180.0) -> None:
@@ -434,23 +449,36 @@ def until(condition, seconds: float = 180.0) -> None:
 
 
 CLUSTER = """
-import json, sys, threading, time
+import fcntl, json, sys, threading, time
 from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 from qscore.errors import UsageError
 from qscore.sweep import sweep
 
-spec, out = Path(sys.argv[1]), Path(sys.argv[2])
+spec, out, gate = map(Path, sys.argv[1:])
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 other = cluster.add_node(num_cpus=1)
 ray.init(cluster.address, log_to_driver=False)
-slow = out / "sweep_tasks_Slow-v0-td3"
+held = [out / "sweep_tasks_Held-v0-td3" / f"seed-{i}" for i in (0, 1)]
+
+def ended(folder):
+    with open(folder.with_suffix(".lock"), "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+def until(condition):
+    while not condition():
+        time.sleep(0.05)
 
 def lose_a_node():
-    while not all((slow / f"seed-{i}" / "checkpoints" / "100").is_dir() for i in (0, 1)):
-        time.sleep(0.05)
+    until(lambda: all((folder / "checkpoints" / "100").is_dir() for folder in held))
     cluster.remove_node(other, allow_graceful=False)
+    until(lambda: any(map(ended, held)))  # its trial has gone with it
+    gate.touch()
 
 wider = spec.with_name("wider.toml")
 wider.write_text(spec.read_text() + "cores = 2")
@@ -467,12 +495,12 @@ cluster.shutdown()
 
 
 @pytest.mark.slow
-def test_a_node_that_is_lost_changes_nothing(tasks, alone, tmp_path):
+def test_a_node_that_is_lost_changes_nothing(tasks, gate, alone, tmp_path):
     pytest.importorskip("ray", reason="Ray, the extra `sweep`, is not installed")
     ray = 'engine = "ray"\n'
-    path, out = write(tmp_path, "Slow", seeds=2, more=ray), tmp_path / "out"
+    path, out = write(tmp_path, "Held", seeds=2, more=ray), tmp_path / "out"
     done = subprocess.run(
-        [sys.executable, "-c", CLUSTER, str(path), str(out)],
+        [sys.executable, "-c", CLUSTER, str(path), str(out), str(gate)],
         env=tasks,
         capture_output=True,
         text=True,
@@ -485,8 +513,8 @@ def test_a_node_that_is_lost_changes_nothing(tasks, alone, tmp_path):
     assert re.search(words, result["refused"])
     rows = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
     assert [row["stage"] for row in rows].count("running") == 3  # one of the two began again
-    slow = out / "sweep_tasks_Slow-v0-td3"
-    assert [figures(slow / f"seed-{i}") for i in (0, 1)] == alone
+    held = out / "sweep_tasks_Held-v0-td3"
+    assert [figures(held / f"seed-{i}") for i in (0, 1)] == alone
 
 
 OPTUNA = 'engine = "ray"\n' + SEARCH.replace("samples = 40", 'samples = 12\nsampler = "optuna"')
