@@ -9,7 +9,7 @@ from helpers import assert_close
 
 from qscore import CQSM, QSM, SAC, TD3, DiffusionQL, replay
 from qscore.bench import matmul_flops
-from qscore.products import times, with_products
+from qscore.products import times, to_bfloat16, with_products
 from qscore.types import Spec
 
 SPEC = Spec(obs_size=5, action_size=2, dt=0.05)
@@ -121,6 +121,21 @@ def test_in_bf16_least_squares_are_not_rounded():
     update, *args = traced_update(CQSM(preset="linear_quadratic"))
     rounded, others = halves(update, *args)
     assert not rounded and others
+
+
+def test_rounding_is_that_of_bfloat16():
+    rng = np.random.default_rng(0)
+    bits = rng.integers(2**32, size=300_000, dtype=np.uint32)
+    tie, most = np.uint32(0x8000), np.uint32(0xFFFFFFFF)
+    middle = (bits[:1000] >> 16 << 16) | tie  # as near to one as to the other
+    edges = np.array([0, tie, tie + 1, 0x7F7FFFFF, 0x7F800000, 0x7F800001, most, most >> 1])
+    x = np.concatenate([bits, middle, edges.astype(np.uint32)]).view(np.float32)
+    with np.errstate(invalid="ignore"):
+        expected = x.astype(jnp.bfloat16)
+    found = np.asarray(jax.jit(to_bfloat16)(x))
+    numbers = ~np.isnan(x)
+    assert np.array_equal(np.isnan(found.astype(np.float32)), ~numbers)
+    assert np.array_equal(found[numbers].view(np.uint16), expected[numbers].view(np.uint16))
 
 
 def test_bf16_rounds_both_sides_and_sums_in_float32():

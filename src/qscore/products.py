@@ -55,6 +55,21 @@ def with_products(function: Callable[..., Any], precision: Precision = "f32") ->
     return replaced
 
 
+def to_bfloat16(x: Float[AnyArray, "*shape"]) -> Array:
+    """x in bfloat16, to the nearest, and of two as near to the even one, as `astype` rounds.
+
+    On CPUs by the bits, of which bfloat16 has the upper half: XLA's conversion takes one number at
+    a time there, and so would everything that is computed in the same loop.
+    """
+    if jax.default_backend() != "cpu":
+        return x.astype(jnp.bfloat16)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    last = (bits >> 16) & jnp.uint32(1)  # of the bits that stay
+    upper = (bits + jnp.uint32(0x7FFF) + last) >> 16
+    upper = jnp.where(jnp.isnan(x), jnp.uint32(0x7FC0), upper)  # which the sum may have carried on
+    return jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
+
+
 def _product(left: AnyArray, right: AnyArray, *, equation: JaxprEqn, precision: str) -> AnyArray:
     """What stands for an equation `lax.dot_general`.
 
@@ -67,7 +82,7 @@ def _product(left: AnyArray, right: AnyArray, *, equation: JaxprEqn, precision: 
     lead = len(batch)
     if precision == "bf16" and params["precision"] == (LAYER, LAYER):
         params = params | {"preferred_element_type": left.dtype}
-        left, right = left.astype(jnp.bfloat16), right.astype(jnp.bfloat16)
+        left, right = to_bfloat16(left), to_bfloat16(right)
     if not (
         jax.default_backend() == "cpu"
         and left.ndim == right.ndim == lead + 2
