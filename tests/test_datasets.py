@@ -571,7 +571,7 @@ def test_a_missing_package_is_named_with_its_install_command(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == package else find(name)
     )
-    message = rf"{name} needs the package {package}: pip install 'qscore\[offline\]'"
+    message = rf"{name} needs the package {package}: .* pip install -e '.\[offline\]'"
     with pytest.raises(qs.UsageError, match=message):
         datasets.load(tmp_path / name, task)
 

@@ -533,7 +533,7 @@ def test_bad_requests_for_a_report_are_refused(tmp_path, monkeypatch):
         report([folder], tmp_path / "file" / "report.html", films=False)
     monkeypatch.setattr(statistics.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        UsageError, match=r"needs the package rliable: pip install 'qscore\[stats\]"
+        UsageError, match=r"needs the package rliable: .* pip install -e '.\[stats\]'"
     ):
         report([folder], tmp_path / "report.html")
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import jax
@@ -295,6 +296,13 @@ def test_training_does_not_wait_for_an_evaluation(tmp_path, monkeypatch):
     assert_same_run(small_run(tmp_path / "usual").folder, tmp_path / "run")
 
 
+def test_a_class_is_no_algorithm(tmp_path):
+    kind: Any = qs.QSM
+    with pytest.raises(qs.UsageError, match=r"`algorithm` is .*qs.QSM\(\)"):
+        qs.train(kind, "Pendulum-v1", out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_finished_run_can_be_extended(tmp_path):
     longer = small_run(tmp_path / "longer", steps=300).folder
     shorter = small_run(tmp_path / "shorter", steps=200).folder
@@ -467,6 +475,8 @@ def test_a_loaded_policy_acts_in_the_environments_units(tmp_path):
     assert folder.is_dir()
     with pytest.raises(ValueError, match=r"`obs` must have shape \(3,\), got \(4,\)"):
         policy(np.zeros(4), policy.init_carry(), key=jr.key(0))
+    with pytest.raises(ValueError, match=r"`key` is .*; it must be a key of JAX"):
+        policy(obs, policy.init_carry(), key=jr.PRNGKey(0))
     with pytest.raises(qs.UsageError, match="has no seed 5; it has 0"):
         qs.load(run.folder, seed=5)
     session.close()

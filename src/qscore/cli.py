@@ -383,7 +383,7 @@ def _list(asked: List) -> None:
         for name, kind in ALGORITHMS.items():
             print(f"  {name:<14}{(kind.__doc__ or '').splitlines()[0]}")
     if asked.what != "algorithms":
-        print("environments:")
+        print("environments (of Gymnasium's, those whose spaces are boxes can be trained in):")
         for name in [*ENVIRONMENTS, *known_ids()]:
             print(f"  {name}")
 

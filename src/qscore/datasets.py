@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from qscore.environments.base import Episodic
-from qscore.errors import UsageError
+from qscore.errors import UsageError, how_to_install
 from qscore.types import Spec, Transition
 
 FORMAT = 1
@@ -372,8 +372,7 @@ def _require(source: Path, arrays: dict[str, Any], key: str) -> Any:
 def _import(package: str, source: Any) -> Any:
     if importlib.util.find_spec(package) is None:
         raise UsageError(
-            f"reading {source} needs the package {package}: pip install 'qscore[offline]' "
-            "(or `uv sync --extra offline`)."
+            f"reading {source} needs the package {package}: {how_to_install('offline')}"
         )
     return importlib.import_module(package)
 

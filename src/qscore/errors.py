@@ -15,3 +15,11 @@ class TrainingDiverged(RunStopped):
 
 class Interrupted(RunStopped):
     """A signal asked the run to stop; it wrote a checkpoint first: exit code 130."""
+
+
+def how_to_install(extra: str) -> str:
+    """What a message says where the packages of an extra are missing."""
+    return (
+        f"in the clone of qscore, pip install -e '.[{extra}]' "
+        f"(or `uv sync --inexact --extra {extra}`)."
+    )

@@ -134,7 +134,7 @@ model-index:
 
 # {title}
 
-A policy trained by [qscore](https://pypi.org/project/qscore/). It needs NumPy and nothing else:
+A policy trained by qscore. It needs NumPy and nothing else:
 
 ```python
 {example}

@@ -39,12 +39,17 @@ class LoadedPolicy:
         return self._policy.init_carry()
 
     def __call__(self, obs: np.ndarray, carry: Carry, *, key: Key) -> tuple[np.ndarray, Carry]:
-        """The action for one flat observation. Raises `ValueError` for one of the wrong shape."""
+        """The action for one flat observation.
+
+        Raises `ValueError` for one of the wrong shape, and where `key` is no key of JAX.
+        """
         obs = np.asarray(obs, np.float32)
         if obs.shape != (self._policy.spec.obs_size,):
             raise ValueError(
                 f"`obs` must have shape ({self._policy.spec.obs_size},), got {obs.shape}."
             )
+        if not jax.dtypes.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+            raise ValueError(f"`key` is {key!r}; it must be a key of JAX: jax.random.key(0).")
         action, carry = self._policy(self._read, carry, obs[None], key, 0)
         return self._low + (action[0] + 1.0) / 2.0 * (self._high - self._low), carry
 

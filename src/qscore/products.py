@@ -62,7 +62,7 @@ def to_bfloat16(x: Float[AnyArray, "*shape"]) -> Array:
     a time there, and so would everything that is computed in the same loop.
     """
     if jax.default_backend() != "cpu":
-        return x.astype(jnp.bfloat16)
+        return jnp.asarray(x, jnp.bfloat16)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     last = (bits >> 16) & jnp.uint32(1)  # of the bits that stay
     upper = (bits + jnp.uint32(0x7FFF) + last) >> 16

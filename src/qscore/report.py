@@ -242,11 +242,11 @@ def _verdict(ranking: dict[str, Interval], scores: dict[str, list[list[float]]],
     seeds = " against ".join(
         "/".join(str(len(values)) for values in scores[name]) for name in (best, second)
     )
-    sure = "That is clear" if p < SURE else "That is not settled"
+    does, sure = ("does best", "clear") if p < SURE else ("is ahead", "not settled")
     return (
-        f"{best} does best: a {unit} of {said}, {_number(gap)} above {second}, the next. {sure}: "
-        f"of two equally good methods, one would be as clearly ahead in {_percent(p)} of cases "
-        f"({seeds} seeds)."
+        f"{best} {does}: a {unit} of {said}, {_number(gap)} above {second}, the next. "
+        f"That is {sure}: of two equally good methods, one would be as clearly ahead in "
+        f"{_percent(p)} of cases ({seeds} seeds)."
     )
 
 

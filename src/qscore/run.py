@@ -79,6 +79,8 @@ def train(
     that cannot be carried out, before anything is written, and `RunStopped` for a run that ends
     early.
     """
+    if isinstance(algorithm, type) or not hasattr(algorithm, "update"):
+        raise UsageError(f"`algorithm` is {algorithm!r}; it must be one with its fields: qs.QSM().")
     task: Environment = (
         environment_class(environment)(id=environment)
         if isinstance(environment, str)

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from qscore.errors import how_to_install
+
 Scores = Sequence[Sequence[float]]
 """Scores of one method: for each task, one of every seed."""
 
@@ -61,10 +63,7 @@ def summarize(per_seed: Sequence[Sequence[float]]) -> dict[str, object]:
 def require_rliable() -> None:
     """Raises `ImportError` that says how to install rliable, where it is not."""
     if importlib.util.find_spec("rliable") is None:
-        raise ImportError(
-            "this needs the package rliable: pip install 'qscore[stats]' (or `uv sync --extra "
-            "stats`)."
-        )
+        raise ImportError(f"this needs the package rliable: {how_to_install('stats')}")
 
 
 def aggregate(scores: Scores) -> tuple[float, tuple[float, float]]:

@@ -26,6 +26,7 @@ import tyro
 
 from qscore.config import Range, validate
 from qscore.environments.base import EnvironmentFailure, Step
+from qscore.errors import how_to_install
 from qscore.types import Spec
 
 ACTION_RANGE = (np.float32(-1.0), np.float32(1.0))
@@ -157,10 +158,7 @@ def _make(config: Host, render_mode: str | None, **kwargs: Any) -> gym.Env:
     if id.startswith("dm_control/"):
         for module in ("dm_control", "shimmy"):
             if importlib.util.find_spec(module) is None:
-                raise ValueError(
-                    f"{id!r} needs the package {module}: pip install 'qscore[dmc]' "
-                    "(or `uv sync --extra dmc`)."
-                )
+                raise ValueError(f"{id!r} needs the package {module}: {how_to_install('dmc')}")
         _register_dm_control()
     with _quiet():
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qscore import run
-from qscore.errors import Interrupted, UsageError
+from qscore.errors import Interrupted, UsageError, how_to_install
 from qscore.folder import Run, differences
 from qscore.sweep import local
 from qscore.sweep.board import Board, read_trials
@@ -125,9 +125,7 @@ def _engine(asked: Sweep) -> Any:
     try:
         from qscore.sweep import cluster
     except ImportError as error:
-        raise UsageError(
-            "engine = 'ray' needs Ray: pip install 'qscore[sweep]' (or `uv sync --extra sweep`)."
-        ) from error
+        raise UsageError(f"engine = 'ray' needs Ray: {how_to_install('sweep')}") from error
     return cluster
 
 
