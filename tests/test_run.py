@@ -1,6 +1,7 @@
 """A run folder: what it holds, and that it survives kills, flips, full disks, bad tasks."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import pytest
 import qscore as qs
 from qscore import checkpoint, train_host
 from qscore.folder import Run
+from qscore.log import ProgressBar
 
 SMALL = {"hidden": (16, 16), "batch_size": 16, "warmup_steps": 60}
 TASKS = ["Pendulum-v1", "InvertedPendulum-v5"]
@@ -352,6 +355,38 @@ def test_resume_refuses_what_train_refuses(tmp_path):
     for use in (qs.resume, qs.evaluate, qs.load):
         with pytest.raises(qs.UsageError, match="unknown environment 'Gone-v1'"):
             use(run.folder)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_time_left_is_of_steps_that_learn_and_fits_a_narrow_terminal(monkeypatch):
+    screen, now = Terminal(), [0.0]
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("qscore.log.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+
+    def shown(env_steps, seconds):
+        now[0] = seconds
+        bar.update(env_steps, 199.0)
+        screen.seek(0)
+        screen.truncate()
+        bar._progress.refresh()
+        return screen.getvalue()
+
+    bar = ProgressBar("qsm on HalfCheetah-v5", 100_000, warmup=10_000, enabled=True)
+    bar.note("return 1234 2345 3456")
+    try:
+        assert "-:--:--" in shown(5_000, 1.0)
+        assert "-:--:--" in shown(10_000, 2.0)
+        text = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", shown(19_000, 92.0))
+        # 100 steps/s, 81,000 left
+        assert text.endswith(" 19000/100000  199 steps/s 0:13:30 return 1234 2345 3456")
+        assert "0:15:02" in shown(100_000, 902.0)  # taken
+    finally:
+        bar.close()
 
 
 def test_a_flipped_byte_is_named_and_the_checkpoint_before_is_used(tmp_path, capsys):

@@ -4,12 +4,15 @@ Exit codes: 0 done, 1 stopped (the environment failed, the disk is full), 2 bad 
 configuration, 3 training diverged, 130 interrupted. Every failure is one message on stderr.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import difflib
 import io
 import itertools
 import json
+import re
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -176,6 +179,9 @@ USAGE = """usage: qscore COMMAND ...
 
 def main(args: list[str] | None = None) -> None:
     """The console script. Exits with the codes above."""
+    # the last to be registered is the first to be called: an impatient second Ctrl-C, when all has
+    # been written, would else end in a traceback of what JAX does at exit
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     try:
         _dispatch(sys.argv[1:] if args is None else args)
     except UsageError as error:
@@ -224,12 +230,23 @@ def _parse(request: type[T], prog: str, args: list[str], **kwargs: Any) -> T:
         if error.code in (0, None):
             raise
     lines = [line.strip("│╭╮╰╯─ ") for line in captured.getvalue().splitlines()[1:]]
-    message = list(itertools.takewhile(bool, lines))
-    if "Perhaps you meant:" in lines:
-        message.append("(closest: " + lines[lines.index("Perhaps you meant:") + 1] + ")")
-    raise UsageError(f"{' '.join(message)} -- see {prog} --help")
+    message = " ".join(itertools.takewhile(bool, lines))
+    if "Perhaps you meant:" in lines:  # tyro has them in alphabetical order
+        found = [line for line in lines if line.startswith("--")]
+        mistaken = next((arg for arg in args if arg.startswith("--") and arg in message), "")
+        found.sort(key=lambda line: _likeness(mistaken, line.split()[0]), reverse=True)
+        message += f" (closest: {', '.join(found[:MAX_CLOSEST])})"
+    message = re.sub(
+        r"invalid literal for int\(\) with base 10: ('[^']*')", r"\1 is not a whole number", message
+    )
+    raise UsageError(f"{message} -- see {prog} --help")
 
 
+def _likeness(word: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, word, other).ratio()
+
+
+MAX_CLOSEST = 2
 CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands)
 
 

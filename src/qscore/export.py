@@ -97,18 +97,21 @@ from policy import Policy
 env = {make}
 policy = Policy()
 obs, _ = env.reset(seed=0)
-carry, done = policy.init_carry(), False
+carry, done, episode_return = policy.init_carry(), False, 0.0
 while not done:
     action, carry = policy(obs, carry)
     obs, reward, terminated, truncated, _ = env.step(action)
-    done = terminated or truncated"""
+    episode_return += reward
+    done = terminated or truncated
+print(episode_return)"""
 
 ACTION = """import numpy as np
 from policy import Policy
 
 policy = Policy()
 carry = policy.init_carry()
-action, carry = policy(np.zeros({obs_size}), carry)  # an observation of `{environment}`"""
+action, carry = policy(np.zeros({obs_size}), carry)  # an observation of `{environment}`
+print(action)"""
 
 CARD = """---
 library_name: qscore

@@ -4,13 +4,17 @@ import contextlib
 import json
 import os
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 STREAMS = ("metrics", "evals")
+BAR_WIDTH = 24
 
 
 class RunLog:
@@ -71,26 +75,57 @@ class RunLog:
 
 
 class ProgressBar:
-    """Steps, speed, time left and the last return on stderr; silent without a terminal."""
+    """Steps, speed, time left and the last return on stderr; silent without a terminal.
 
-    def __init__(self, label: str, total: int, *, enabled: bool):
+    The first `warmup` steps take next to no time, so the time left is that of the others at the
+    pace that they have had, and is unknown before the first of them.
+    """
+
+    def __init__(self, label: str, total: int, *, warmup: int, enabled: bool):
+        self._total, self._warmup = total, warmup
+        self._began = time.monotonic()
+        self._learning: tuple[float, int] | None = None  # since when, and the steps by then
         console = Console(stderr=True)
+
+        def column(text: str, width: int) -> TextColumn:
+            """What a narrow terminal leaves whole; the bar shrinks before it."""
+            return TextColumn(text, table_column=Column(no_wrap=True, min_width=width))
+
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            BarColumn(BAR_WIDTH),
+            column("{task.completed}/{task.total}", 2 * len(str(total)) + 1),
+            column("{task.fields[rate]}", len("100 steps/s")),
+            column("{task.fields[left]}", len("0:00:00")),
             TextColumn("{task.fields[note]}"),
             console=console,
             disable=not (enabled and sys.stderr.isatty()),
         )
-        self._task = self._progress.add_task(label, total=total, rate="", note="")
+        self._task = self._progress.add_task(label, total=total, rate="", left="", note="")
         self._progress.start()
 
     def update(self, env_steps: int, rate: float) -> None:
         """Move the bar; `rate` is environment steps per second, all seeds together."""
-        self._progress.update(self._task, completed=env_steps, rate=f"{rate:.0f} steps/s")
+        now = time.monotonic()
+        self._progress.update(
+            self._task,
+            completed=env_steps,
+            rate=f"{rate:.0f} steps/s",
+            left=self._left(env_steps, now),
+        )
+        if self._learning is None and env_steps >= self._warmup:
+            self._learning = now, env_steps
+
+    def _left(self, env_steps: int, now: float) -> str:
+        """The time left; at the end, the time taken."""
+        if env_steps >= self._total:
+            seconds = now - self._began
+        elif self._learning is None:
+            return "-:--:--"
+        else:
+            since, before = self._learning
+            seconds = (now - since) * (self._total - env_steps) / (env_steps - before)
+        return str(timedelta(seconds=round(seconds)))
 
     def note(self, text: str) -> None:
         """Replace the text at the end of the bar."""

@@ -103,12 +103,6 @@ def train(
     rows = task.num_envs
     settings = filled(settings, task)
     _check_multiples(settings, rows)
-    if algorithm.warmup_steps >= steps and dataset is None and progress:
-        print(
-            f"warning: nothing will be learned: all {steps} steps are random warm-up "
-            f"(`algorithm.warmup_steps` is {algorithm.warmup_steps}).",
-            file=sys.stderr,
-        )
     if out is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = environment_name(task).replace("/", "-")
@@ -121,6 +115,12 @@ def train(
     name, made_in = environment_name(task), None if data is None else data.environment
     if made_in and datasets.unversioned(made_in) != datasets.unversioned(name) and progress:
         print(f"warning: {dataset} was recorded in {made_in}, not in {name}.", file=sys.stderr)
+    if algorithm.warmup_steps >= steps and dataset is None and progress:
+        print(
+            f"warning: nothing will be learned: all {steps} steps are random warm-up "
+            f"(`algorithm.warmup_steps` is {algorithm.warmup_steps}).",
+            file=sys.stderr,
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         run = Run(folder, algorithm, task, settings, installed_versions())
@@ -280,7 +280,8 @@ class _Loop:
         except EnvironmentFailure as error:
             raise RunStopped(f"the environment failed before training began: {error}") from error
         label = f"{algorithm_name(run.algorithm)} on {environment_name(run.environment)}"
-        self.bar = ProgressBar(label, settings.total_steps, enabled=progress)
+        warmup = 0 if settings.offline_steps else run.algorithm.warmup_steps
+        self.bar = ProgressBar(label, settings.total_steps, warmup=warmup, enabled=progress)
         rows = sum(session.capacity for session in self.sessions)
         size = rows * replay.row_bytes(self.sessions[0].spec)
         self.bar.note(f"replay buffers of {size / 2**20:.0f} MiB")

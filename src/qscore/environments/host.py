@@ -162,7 +162,7 @@ def _make(config: Host, render_mode: str | None, **kwargs: Any) -> gym.Env:
         _register_dm_control()
     with _quiet():
         try:
-            return gym.make(id, **kwargs)
+            env = gym.make(id, **kwargs)
         except gym.error.Error as error:
             if id in gym.registry:
                 raise ValueError(f"cannot make {id!r}: {error}") from error
@@ -178,6 +178,13 @@ def _make(config: Host, render_mode: str | None, **kwargs: Any) -> gym.Env:
             ) from error
         except Exception as error:
             raise ValueError(f"cannot make {id!r}: {type(error).__name__}: {error}") from error
+    if env.spec is not None and env.spec.id != id.rpartition(":")[2]:
+        env.close()
+        raise ValueError(
+            f"{id!r} names no version, so it may be another task one day. Today it is "
+            f"{env.spec.id!r}."
+        )
+    return env
 
 
 @contextlib.contextmanager
