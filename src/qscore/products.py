@@ -13,12 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun
 from jax.extend.core.primitives import dot_general_p
-from jaxtyping import Array, Float
+from jaxtyping import Array, BFloat16, Float
 
 from qscore.types import AnyArray
 
 Precision = Literal["f32", "bf16"]
 """Of the numbers that are multiplied; they are always summed in float32."""
+
+BLOCK = 32
+"""Columns of a matrix of bfloat16 that are transposed together; of 8, 16 and 32 the fastest."""
 
 LAYER = jax.lax.Precision.DEFAULT
 
@@ -91,15 +94,35 @@ def _product(left: AnyArray, right: AnyArray, *, equation: JaxprEqn, precision: 
         and tuple(contracting) == tuple(right_contracting) == (lead,)
     ):
         return dot_general_p.bind(left, right, **params)
-    turned = jnp.swapaxes(right, -1, -2)
-    # behind a barrier, or XLA would make one operation of the transpose and the product again
     if right.dtype == jnp.bfloat16:
-        # flat: XLA stores a transpose by columns, and multiplies bfloat16 only if stored by rows
-        right = jax.lax.optimization_barrier(turned.ravel()).reshape(turned.shape)
+        right = _turned_bfloat16(right)
     else:
-        right = jax.lax.optimization_barrier(turned)
+        # behind a barrier, or XLA would make one operation of the transpose and the product again
+        right = jax.lax.optimization_barrier(jnp.swapaxes(right, -1, -2))
     params = params | {"dimension_numbers": (((lead + 1,), (lead,)), (batch, batch))}
     return jnp.swapaxes(dot_general_p.bind(right, left, **params), -1, -2)
+
+
+def _turned_bfloat16(x: BFloat16[AnyArray, "*batch rows columns"]) -> BFloat16[Array, "..."]:
+    """The transpose of each matrix, `[*batch, columns, rows]`, stored by rows.
+
+    XLA rounds and transposes in one loop, one number at a time, which takes as long as the product
+    that it is for. A product with the unit matrix transposes faster, and exactly: blocks of columns
+    are rounded where they are contiguous, and a block's product sums a number and zeros. (If the
+    number is infinite, its block becomes NaN.)
+    """
+    *batch, rows, columns = x.shape
+    if columns % BLOCK:
+        # flat: XLA stores a transpose by columns, and multiplies bfloat16 only if stored by rows
+        flat = jax.lax.optimization_barrier(jnp.swapaxes(x, -1, -2).ravel())
+        return flat.reshape(*batch, columns, rows)
+    blocks = jnp.swapaxes(x.reshape(-1, rows, columns // BLOCK, BLOCK), 1, 2)
+    blocks = jax.lax.optimization_barrier(blocks.ravel()).reshape(-1, rows, BLOCK)
+    unit = jnp.broadcast_to(jnp.eye(BLOCK, dtype=x.dtype), (len(blocks), BLOCK, BLOCK))
+    turned = jax.lax.dot_general(
+        unit, blocks, (((2,), (2,)), ((0,), (0,))), preferred_element_type=x.dtype
+    )
+    return turned.reshape(*batch, columns, rows)
 
 
 def _replaced(value: Any, product: Callable[..., Any]) -> Any:
