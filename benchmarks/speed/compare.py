@@ -34,12 +34,19 @@ from typing import Any
 import numpy as np
 
 RIVALS = ("sbx-rl==0.28.0", "stable-baselines3==2.9.2", "gymnasium[mujoco]>=1.1", "mujoco<4")
+# library, algorithm, its fields and, of this library, the precision of products
 CONTESTANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qsm": ("qscore", "qsm", {}),
     "qsm, official": ("qscore", "qsm", {"preset": "official"}),
+    "qsm, bf16": ("qscore", "qsm", {"precision": "bf16"}),
     "cqsm": ("qscore", "cqsm", {}),
     "diffusion_ql": ("qscore", "diffusion_ql", {}),
     "diffusion_ql, offline": ("qscore", "diffusion_ql", {"preset": "offline"}),
+    "diffusion_ql, offline, bf16": (
+        "qscore",
+        "diffusion_ql",
+        {"preset": "offline", "precision": "bf16"},
+    ),
     "sac": ("qscore", "sac", {}),
     "td3": ("qscore", "td3", {}),
     "SBX SAC": ("sbx", "sac", {}),
