@@ -434,6 +434,20 @@ def test_the_table_of_many_seeds_is_the_committed_result():
             assert float(row[column]) == each[name]["seconds"]
 
 
+def test_the_tables_of_speed_are_the_committed_results():
+    page, results = (DOCS / "speed.md").read_text(), ROOT / "benchmarks" / "results"
+    for name in ("speed.md", "speed-two-cores.md"):
+        lines = (results / name).read_text().splitlines()
+        shown = "\n".join(line for line in lines if line.startswith("|"))
+        assert shown.count("\n") >= 5 and shown in page
+    measured = json.loads((results / "precision.json").read_text())
+    rows = {row[""]: row for row in table(DOCS / "speed.md", "(256, 256), ms", "(512, 512), ms")}
+    for width in (256, 512):
+        for name, each in measured[str(width)].items():
+            assert rows[name][f"({width}, {width}), ms"] == f"{each['milliseconds']:.2f}"
+    assert rows["bf16"]["speed"] == f"{measured['512']['bf16']['speed_ratio']['released']:.2f}"
+
+
 def test_the_table_of_memory_is_the_committed_result():
     result = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text())
     (row,) = table(DOCS / "speed.md", "tenth")
