@@ -99,10 +99,15 @@ def test_updates_have_no_slow_product_left(algorithm):
 def halves(function, *args):
     """Of a program's products, those whose two sides are bfloat16, and the others.
 
-    Without those that transpose: of one matrix and the unit matrix, in bfloat16 throughout.
+    Without those that transpose: of the unit matrix and a matrix's blocks of columns.
     """
     found = dots(with_products(function, "bf16"), *args)
-    found = [dot for dot in found if dot.outvars[0].aval.dtype != jnp.bfloat16]
+    found = [
+        dot
+        for dot in found
+        if dot.invars[0].aval.shape[-2:] != (BLOCK, BLOCK)
+        or dot.outvars[0].aval.dtype != jnp.bfloat16
+    ]
     types = [[str(side.aval.dtype) for side in (*dot.invars, *dot.outvars)] for dot in found]
     rounded = [dot for dot, each in zip(found, types, strict=True) if "bfloat16" in each]
     assert all(each[:2] == ["bfloat16"] * 2 for each in types if "bfloat16" in each)
@@ -142,7 +147,7 @@ def test_rounding_is_that_of_bfloat16():
     assert np.array_equal(found[numbers].view(np.uint16), expected[numbers].view(np.uint16))
 
 
-@pytest.mark.parametrize("size", [7, BLOCK, 3 * BLOCK])
+@pytest.mark.parametrize("size", [7, BLOCK])
 def test_bf16_rounds_both_sides_and_sums_in_float32(size):
     """Value and gradients of sum(x W * c), against products of rounded numbers in float64."""
     keys = jr.split(jr.key(0), 3)
@@ -162,7 +167,7 @@ def test_bf16_rounds_both_sides_and_sums_in_float32(size):
         jax.jit(with_products(both, "bf16"))(x, w, c), exact, known, strict=True
     ):
         assert half.dtype == jnp.float32
-        assert_close(half, expected, loosen=3.0, why="sums of 300 numbers in float32")
+        assert_close(half, expected)
         assert 1e-4 < np.max(np.abs(half - full)) / np.max(np.abs(full)) < 1e-1
 
 
@@ -177,3 +182,5 @@ def test_in_bf16_gradients_of_stacked_layers_are_those_of_each():
     together = jax.jit(with_products(jax.vmap(gradient, (None, 0, 0)), "bf16"))(x, w, c)
     one = jax.jit(with_products(gradient, "bf16"))
     assert_close(together, np.stack([one(x, w[i], c[i]) for i in range(3)]))
+    left, right = (np.asarray(side.astype(jnp.bfloat16), np.float64) for side in (x, c))
+    assert_close(together, left.T @ right)
