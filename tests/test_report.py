@@ -323,6 +323,27 @@ def test_chance_knows_how_little_few_seeds_can_say():
     assert np.mean([statistics.chance(one, other) < 0.05 for one, other in draws]) <= 0.07
 
 
+@pytest.mark.parametrize(("seeds", "tasks"), [(1, 1), (3, 1), (4, 1), (1, 3), (2, 2)])
+def test_the_least_chance_is_that_of_one_who_is_always_ahead(seeds, tasks):
+    high, low = [[9.0] * seeds] * tasks, [[1.0] * seeds] * tasks
+    least = statistics.least_chance(high, low)
+    assert least == pytest.approx(statistics.chance(high, low), abs=0.02)
+
+
+@pytest.mark.parametrize(("seeds", "settles"), [(3, False), (4, True)])
+def test_the_verdict_says_where_no_result_of_so_few_seeds_could_settle_it(tmp_path, seeds, settles):
+    host = qs.Host("Pendulum-v1")
+    folders = [
+        write_run(tmp_path / "a", qs.TD3(), host, level=1e4, seeds=seeds, every=400),
+        write_run(tmp_path / "b", qs.SAC(), host, level=0.0, seeds=seeds, every=400),
+    ]
+    report(folders, tmp_path / "r.html", films=False)
+    said = re.search(r'class="verdict">(.*?)</p>', (tmp_path / "r.html").read_text())
+    assert said
+    assert ("That is clear" in said[1]) == settles
+    assert ("So few seeds cannot settle it" in said[1]) == (not settles)
+
+
 def test_the_verdict_is_not_sure_of_one_that_mostly_does_worse(tmp_path):
     # far ahead on one task, a little behind on two: the mean is higher, but a seed is mostly worse
     folders = []

@@ -31,6 +31,7 @@ from qscore.statistics import (
     bootstrap_interval,
     chance,
     interquartile_mean,
+    least_chance,
     probability_of_improvement,
     require_rliable,
 )
@@ -243,11 +244,14 @@ def _verdict(ranking: dict[str, Interval], scores: dict[str, list[list[float]]],
         "/".join(str(len(values)) for values in scores[name]) for name in (best, second)
     )
     does, sure = ("does best", "clear") if p < SURE else ("is ahead", "not settled")
-    return (
+    said = (
         f"{best} {does}: a {unit} of {said}, {_number(gap)} above {second}, the next. "
         f"That is {sure}: of two equally good methods, one would be as clearly ahead in "
         f"{_percent(p)} of cases ({seeds} seeds)."
     )
+    if least_chance(scores[best], scores[second]) >= SURE:
+        said += " So few seeds cannot settle it, whatever their returns: train more."
+    return said
 
 
 def _comparison(ranking: dict[str, Interval], scores: dict[str, list[list[float]]]) -> Table:

@@ -120,6 +120,15 @@ def chance(scores: Scores, others: Scores) -> float:
     return float(min(1.0, 2.0 * np.mean(shuffled >= seen - 1e-9)))
 
 
+def least_chance(scores: Scores, others: Scores) -> float:
+    """What `chance` is at least with these numbers of seeds, however far ahead `scores` are."""
+    orders = [
+        math.comb(len(one) + len(other), len(one))
+        for one, other in zip(scores, others, strict=True)
+    ]
+    return min(1.0, 2.0 / math.prod(orders))
+
+
 def _bootstrapped(
     statistic: Callable[..., float], columns: Scores
 ) -> tuple[float, tuple[float, float]]:
