@@ -38,6 +38,11 @@ for _name in ("adam", "adamw"):
     setattr(optax, _name, _lenient(getattr(optax, _name)))
 
 
+def pytest_collection_modifyitems(items):
+    """Sweeps first: they mostly wait for other processes, and the other workers fill the time."""
+    items.sort(key=lambda item: item.path.stem != "test_sweep")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _programs_are_given_back():
     """A module's compiled programs are freed after it.

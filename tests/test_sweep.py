@@ -279,6 +279,7 @@ def tasks(tmp_path_factory):
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "SWEEP_MARKER": str(folder / "died"),
+        "RAY_worker_niceness": "0",  # the other tests would leave them little at Ray's 15
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # the test connects before the sweep can say so
         "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),  # which are the same in all trials
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
