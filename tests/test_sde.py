@@ -15,7 +15,8 @@ import pytest
 import qscore as qs
 from qscore import sde
 from qscore.environments import ENVIRONMENTS, Portfolio
-from qscore.rollout import evaluate_on_device
+from qscore.environments.base import EnvironmentFailure
+from qscore.rollout import DeviceCollector, evaluate_on_device, record
 from qscore.train_host import Session, episode_seed
 
 PATHS = 4_000
@@ -162,6 +163,79 @@ def test_an_episode_lasts_its_duration_and_repeats_from_its_seed(environment):
     assert task.render().dtype == np.uint8 and task.render().ndim == 3
 
 
+@pytest.mark.parametrize(
+    ("duration", "dt", "steps"),
+    [
+        (1.0, 0.002, 500),
+        (50.0, 0.05, 1_000),
+        (10.0, 1e-4, 100_000),
+        (1.04, 0.1, 11),
+        (0.05, 0.1, 1),
+    ],
+)
+@pytest.mark.parametrize("name", ["double_well", "portfolio"])
+def test_an_episode_has_all_its_steps_and_no_sliver(name, duration, dt, steps):
+    environment = ENVIRONMENTS[name](id=name, duration=duration, dt=dt)
+
+    @jax.jit
+    def episode(state):
+        def step(inputs):
+            state, _ = inputs
+            state, out = environment.advance(state, jnp.zeros(1), key=jr.key(0))
+            return state, out
+
+        return jax.lax.while_loop(
+            lambda inputs: ~(inputs[1].terminated | inputs[1].truncated), step, step((state, None))
+        )
+
+    state, out = episode(environment.begin(jr.key(0)))
+    assert int(state.steps) == steps == environment.episode_steps
+    rest = duration - (steps - 1) * dt if environment.finite_horizon else dt
+    assert float(out.dt) == pytest.approx(rest, rel=1e-6)
+    end = duration if environment.finite_horizon else steps * dt
+    assert float(state.time) == pytest.approx(end, rel=1e-6)
+
+
+def test_recordings_reach_the_end_of_a_horizon_that_is_no_whole_number_of_steps():
+    environment = ENVIRONMENTS["portfolio"](id="portfolio", duration=0.104, dt=0.01)
+    zero = lambda *inputs: jnp.zeros(1)  # noqa: E731
+    rows = record(environment, zero, zero, paths=3, key=jr.key(0))
+    assert rows.reward.shape == (3, 11)
+    assert np.asarray(rows.terminated)[:, -1].all()
+
+
+# no score keeps dx = (60 x + a) dt finite; its episodes of 100 steps end where a chunk does
+RUNAWAY = ENVIRONMENTS["lq"](
+    id="lq",
+    problem=json.dumps(
+        {
+            "A": [[60.0]],
+            "B": [[1.0]],
+            "sigma_a": 0.6,
+            "M": [[1.0, 0.0], [0.0, 0.1]],
+            "score_cost": 0.1,
+            "discount_rate": 0.2,
+        }
+    ),
+)
+
+
+def test_what_leaves_the_numbers_and_begins_anew_within_a_chunk_is_seen():
+    algorithm = qs.TD3(hidden=(8,), warmup_steps=10**6)
+    collector = DeviceCollector(algorithm, RUNAWAY, jr.key(0))
+    agent = algorithm.init(RUNAWAY.spec, key=jr.key(0))
+    with pytest.raises(EnvironmentFailure, match="lq left the numbers"):
+        for chunk in range(2):
+            collector.collect(agent, chunk * collector.chunk, collector.chunk)
+
+
+def test_an_evaluation_that_leaves_the_numbers_is_refused():
+    algorithm = qs.TD3(hidden=(8,))
+    agent = algorithm.init(RUNAWAY.spec, key=jr.key(0))
+    with pytest.raises(EnvironmentFailure, match="lq left the numbers in an evaluation"):
+        evaluate_on_device(algorithm, RUNAWAY, agent, [0, 1], key=jr.key(0))
+
+
 def test_irregular_steps_are_drawn_and_observed(environment):
     dt = environment.dt
     irregular = dataclasses.replace(environment, dt_min=0.2 * dt, dt_max=1.8 * dt)
@@ -237,6 +311,7 @@ def test_a_restored_session_ends_where_the_other_does():
         ({"dt_min": 0.01}, "go together"),
         ({"dt_min": 0.2, "dt_max": 0.1}, "must not exceed `dt_max`"),
         ({"substeps": 0}, "`substeps` must lie in"),
+        ({"duration": 1e9, "dt": 1e-3}, "at most 1e\\+09 steps, got 1e\\+09 s in steps of 0.001 s"),
     ],
 )
 def test_impossible_times_are_refused(fields, message):

@@ -173,7 +173,9 @@ class DeviceCollector:
         self.rows, block = self._collect(
             agent, self.rows, np.int32(env_steps // envs), np.int32(count // envs), self._key
         )
-        if not np.isfinite(np.asarray(self.rows.returns)).all():
+        # of running and of ended episodes
+        returns = np.append(np.asarray(self.rows.returns), np.asarray(self.rows.finished))
+        if not np.isfinite(returns).all():
             raise EnvironmentFailure(
                 f"{self.environment.id} left the numbers: its state grew without bound under the "
                 "actions taken."
@@ -208,8 +210,7 @@ class DeviceCollector:
 def compiled_evaluation(algorithm: Algorithm, environment: SDEEnvironment, episodes: int) -> Any:
     """The program of `evaluate_on_device` for so many episodes, to be compiled by one thread."""
     spec: Spec = environment.spec
-    limit = environment.duration / (environment.dt_min or environment.dt)
-    most = int(np.ceil(limit)) + 1
+    most = int(1.01 * environment.episode_steps) + 2  # irregular steps are summed with rounding
 
     def episode(agent, row, reset_key, act_key):
         start_key, noise_key = jr.split(reset_key)
@@ -248,9 +249,17 @@ def evaluate_on_device(
     *,
     key: Key,
 ) -> tuple[list[float], list[int]]:
-    """Returns and lengths of the episodes that belong to `seeds`, exploration off."""
+    """Returns and lengths of the episodes that belong to `seeds`, exploration off.
+
+    Raises `EnvironmentFailure` where the state left the numbers.
+    """
     program = compiled_evaluation(algorithm, environment, len(seeds))
     returns, lengths = program(agent, np.asarray(seeds, np.int32), key)
+    if not np.isfinite(np.asarray(returns)).all():
+        raise EnvironmentFailure(
+            f"{environment.id} left the numbers in an evaluation: its state grew without bound "
+            "under the policy."
+        )
     return np.asarray(returns).astype(float).tolist(), np.asarray(lengths).tolist()
 
 
@@ -272,7 +281,6 @@ def record(
     """
     if environment.irregular:
         raise ValueError("`environment` must have regular steps; leave out `dt_min` and `dt_max`.")
-    steps = round(environment.duration / environment.dt)
 
     def path(key):
         begin_key, first_key, path_key = jr.split(key, 3)
@@ -288,7 +296,7 @@ def record(
             return (after, action), row
 
         start = (state, first(environment.observation(state), first_key))
-        return jax.lax.scan(one, start, jnp.arange(steps))[1]
+        return jax.lax.scan(one, start, jnp.arange(environment.episode_steps))[1]
 
     episodes = jax.jit(jax.vmap(path))(row_keys(key, paths))
     if bool(jnp.any(episodes.terminated[:, :-1])):

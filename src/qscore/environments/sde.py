@@ -28,6 +28,9 @@ from qscore.config import Range, validate
 from qscore.environments.base import EnvironmentFailure, Step
 from qscore.types import Key, Spec
 
+MOST_STEPS = 10**9
+"""Of an episode; they are counted in 32 bits."""
+
 
 class SDEState(eqx.Module):
     """One running copy: the process's state, and where it is in time (seconds).
@@ -87,6 +90,11 @@ class SDEEnvironment(ABC):
                     f"`dt_min` must not exceed `dt_max`, got {self.dt_min} and {self.dt_max}."
                 )
             object.__setattr__(self, "dt", 0.5 * (self.dt_min + self.dt_max))
+        if self.duration / (self.dt_min or self.dt) > MOST_STEPS:
+            raise ValueError(
+                f"`duration` must be at most {MOST_STEPS:g} steps, got {self.duration:g} s in "
+                f"steps of {self.dt_min or self.dt:g} s."
+            )
 
     # -- what a task says of itself ------------------------------------------------------------
 
@@ -146,6 +154,12 @@ class SDEEnvironment(ABC):
         return self.dt_min is not None
 
     @property
+    def episode_steps(self) -> int:
+        """Control steps of an episode that runs to its end; the most there can be if irregular."""
+        # a rest that is shorter than a thousandth of a step is rounding, not a step
+        return max(1, math.ceil(self.duration / (self.dt_min or self.dt) - 1e-3))
+
+    @property
     def clock(self) -> tuple[str, ...]:
         time = ("time",) if self.finite_horizon else ()
         return (*time, "dt") if self.irregular else time
@@ -181,12 +195,19 @@ class SDEEnvironment(ABC):
         action = jnp.clip(action, -1.0, 1.0) * jnp.asarray(self.action_bound, jnp.float32)
         if self.dt_min is not None and self.dt_max is not None:
             dt = jr.uniform(dt_key, (), minval=self.dt_min, maxval=self.dt_max)
+            rest = self.duration - state.time
+            last = rest <= dt * 1.001  # as in `episode_steps`
+            end = state.time + dt
         else:
+            # counted: a sum of many steps in float32 would miss the end
+            before = self.episode_steps - 1
             dt = jnp.asarray(self.dt, jnp.float32)
-        left = self.duration - state.time
-        # a rest that is shorter than a thousandth of a step is rounding, not a step
-        last = left <= dt * 1.001
-        dt = jnp.where(last, left, dt) if self.finite_horizon else dt
+            rest = jnp.asarray(self.duration - before * self.dt, jnp.float32)
+            last = state.steps >= before
+            end = (state.steps + 1).astype(jnp.float32) * dt
+        if self.finite_horizon:
+            dt = jnp.where(last, rest, dt)
+            end = jnp.where(last, self.duration, end)
         x, reward = sde.advance(
             self.process(),
             self.reward_rate,
@@ -201,7 +222,7 @@ class SDEEnvironment(ABC):
         if self.finite_horizon:
             reward = reward + jnp.where(last, self.terminal_reward(x, action), 0.0)
             over = over | last
-        after = SDEState(x, state.time + dt, dt, state.steps + 1)
+        after = SDEState(x, end, dt, state.steps + 1)
         return after, Advanced(self.observation(after), reward, over, last & ~over, dt)
 
     def open(self, *, render: bool = False) -> "SDETask":
