@@ -173,7 +173,21 @@ def test_spectral_abscissa_is_the_largest_real_part():
         matrix = rng.standard_normal((size, size)) - rng.uniform(0.0, 3.0) * np.eye(size)
         exact = np.max(np.linalg.eigvals(matrix).real)
         found = float(martingale.spectral_abscissa(jnp.asarray(matrix, jnp.float32)))
-        assert found == pytest.approx(exact, abs=float(0.02 + 0.01 * abs(exact)))
+        assert found == pytest.approx(exact, abs=float(0.001 + 0.001 * abs(exact)))
+
+
+@pytest.mark.parametrize("fast", [3.0, 300.0])
+def test_spectral_abscissa_sees_a_slow_mode_beside_fast_ones(fast):
+    # a slow mode with an eigenvector at a sharp angle to those of twenty that die out at once
+    rng = np.random.default_rng(6)
+    basis = np.eye(21) + 0.2 * rng.standard_normal((21, 21))
+    modes = np.diag([0.3, *np.linspace(-fast, -0.5 * fast, 20)])
+    matrix = basis @ modes @ np.linalg.inv(basis)
+    found = float(martingale.spectral_abscissa(jnp.asarray(matrix, jnp.float32)))
+    assert found == pytest.approx(0.3, abs=1e-5 * fast)
+    spiral = np.array([[0.1, fast], [-0.5 * fast, 0.1]])
+    found = float(martingale.spectral_abscissa(jnp.asarray(spiral, jnp.float32)))
+    assert found == pytest.approx(0.1, abs=1e-5 * fast)
 
 
 def test_increment_is_exact_for_constant_rates():

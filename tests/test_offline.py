@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import qscore as qs
-from qscore import lq, offline, rollout
+from qscore import lq, martingale, offline, rollout
 from qscore.environments import LQ
 
 EPISODIC = """{"A": [[-0.2]], "B": [[1.0]], "noise": [{"C": [[0.2]], "D": [[0.1]], "e": [0.3]}],
@@ -178,6 +178,24 @@ def test_an_inadmissible_score_is_refused():
         offline.improve(ALGORITHM, INFINITE.spec, data, rounds=1)
 
 
+def test_one_round_is_the_improvement_on_an_admissible_start():
+    data, start = episodes(INFINITE, linear(*TARGET), 200), linear(*TARGET)
+    found = offline.improve(ALGORITHM, INFINITE.spec, data, start=start, rounds=1)
+    value = offline.evaluate(ALGORITHM, INFINITE.spec, data, score=start)
+    # within the caution of a first of many rounds, which would raise the rate
+    assert 0.0 < INFINITE.solved_problem.discount_rate - value.growth_rate < 1.0
+    np.testing.assert_array_equal(found.agent.critic.theta, value.agent.critic.theta)
+
+
+def test_nothing_to_earn_is_a_value_of_zero(recorded):
+    nothing = eqx.tree_at(lambda d: d.reward, recorded, jnp.zeros_like(recorded.reward))
+    found = offline.improve(ALGORITHM, FINITE.spec, nothing)
+    assert found.changes == (0.0,) and not np.any(found.agent.critic.theta)
+    sums = martingale.PathSums(jnp.eye(2), jnp.zeros(2), jnp.zeros((2, 2)))
+    point = martingale.off_policy_fixed_point(sums, rounds=3)
+    assert not np.any(point.changes) and not np.any(point.theta)
+
+
 def test_a_fixed_point_that_is_not_reached_is_explained(recorded):
     far = (np.array([[-6.0, -6.0]]), np.zeros(1))
     with pytest.raises(qs.TrainingDiverged, match="the off-policy fixed point does not settle: "):
@@ -210,9 +228,15 @@ def test_data_that_cannot_be_used_are_refused(small):
         run(spoiled(small, "dt", (2, 5), 0.0))
     with pytest.raises(ValueError, match="`episodes.action` must vary; component 0 is constant"):
         run(eqx.tree_at(lambda d: d.action, small, jnp.zeros_like(small.action)))
-    noiseless = eqx.tree_at(lambda d: d.action, small, -0.2 * small.obs[..., :1])
+    noiseless = eqx.tree_at(lambda d: d.action, small, -0.1 * small.obs[..., :1])
     with pytest.raises(ValueError, match="cannot tell the action's effect from the state's"):
         run(noiseless)
+    with pytest.raises(ValueError, match=r"`episodes.action` must lie in \[-1, 1\], in units of"):
+        run(eqx.tree_at(lambda d: d.action, small, BOUND * small.action))
+    with pytest.raises(ValueError, match="`episodes.terminated` must be of type bool, got int32"):
+        run(eqx.tree_at(lambda d: d.terminated, small, small.terminated.astype(jnp.int32)))
+    with pytest.raises(ValueError, match="`episodes.terminated` is nowhere True: over a finite ho"):
+        run(jax.tree.map(lambda leaf: leaf[:, :-1], small))
     few = jax.tree.map(lambda leaf: leaf[:1, :20], small)
     with pytest.raises(ValueError, match="at least as many rows as Q has features, 54; it has 20"):
         run(few)

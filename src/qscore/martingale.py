@@ -344,13 +344,15 @@ def off_policy_fixed_point(sums: PathSums, *, rounds: int, ridge: float = 1e-6) 
     def regress(theta: Float[Array, " params"], _: None):
         target = unit * (sums.gain + sums.shift @ theta)
         new = unit * jax.scipy.linalg.cho_solve(factor, target)
-        apart, size = new - theta, new
-        change = jnp.sqrt((apart @ sums.gram @ apart) / (size @ sums.gram @ size))
-        return new, change
+        apart, size = ((v @ sums.gram @ v) for v in (new - theta, new))
+        return new, jnp.where(apart == 0.0, 0.0, jnp.sqrt(apart / size))
 
     theta, changes = jax.lax.scan(regress, jnp.zeros_like(unit), None, length=rounds)
     return FixedPoint(theta, changes)
 
+
+DOUBLINGS = 20
+"""Of the time over which growth is measured: until its unit is a millionth of a matrix's norm."""
 
 STEEP = 0.05
 """1/s; how far above the growth rate of an inadmissible score the discount rate is put."""
@@ -495,19 +497,17 @@ def spectral_abscissa(matrix: Float[Array, "size size"]) -> Float[Array, ""]:
 
     Needs no eigenvalue routine, which accelerators lack.
     """
-    size = matrix.shape[0]
-    norm = jnp.linalg.norm(matrix)
-    step = 1.0 / jnp.maximum(norm, 1e-12)
-    power = jax.scipy.linalg.expm(matrix * step)
+    step = 1.0 / jnp.maximum(jnp.linalg.norm(matrix), 1e-12)
 
     def square(_, carry):
-        power, log = carry
+        power, log, _ = carry
         power = power @ power
         scale = jnp.maximum(jnp.linalg.norm(power), 1e-30)
-        return power / scale, 2.0 * log + jnp.log(scale)
+        return power / scale, 2.0 * log + jnp.log(scale), log
 
-    start = jnp.linalg.norm(power)
-    doublings = 14
-    _, log = jax.lax.fori_loop(0, doublings, square, (power / start, jnp.log(start)))
-    # a Jordan block of the largest size grows polynomially on top: its logarithm is taken off
-    return (log - 0.5 * jnp.log(float(size))) / (step * 2.0**doublings)
+    power = jax.scipy.linalg.expm(matrix * step)
+    size = jnp.linalg.norm(power)
+    start = (power / size, jnp.log(size), jnp.zeros(()))
+    _, log, before = jax.lax.fori_loop(0, DOUBLINGS, square, start)
+    # the growth in the last half of the time: what a norm has on top of it is in both logarithms
+    return (log - before) / (step * 2.0 ** (DOUBLINGS - 1))

@@ -16,6 +16,7 @@ Improving is policy iteration: evaluate, take the greedy score grad_a Q / lambda
 the same data.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -49,6 +50,9 @@ CONVERGED = 1e-3
 
 UNSETTLED = 0.05
 """A last change beyond this, and no smaller than the one before it, is not convergence."""
+
+BOUND_SLACK = 1e-4
+"""By how much rounding may take an action out of [-1, 1]."""
 
 COVERAGE = (
     "Offline, a score can only be judged where the data have been: more data, or data with actions "
@@ -149,13 +153,18 @@ def improve(
     agents, changes, growth, found = [], [], [], None
     for index in range(rounds):
         # cautious at first: what a far score leads to is badly determined
-        found = data.evaluate(psi, FIXED_POINT_ROUNDS, margin=0.5**index)
+        margin = 0.5**index if index < rounds - 1 else 0.0
+        found = data.evaluate(psi, FIXED_POINT_ROUNDS, margin=margin)
         agents.append(data.agent(found.theta))
         new = data.greedy(agents[-1])
-        changes.append(float(jnp.sqrt(jnp.sum((new - psi) ** 2) / jnp.sum(new**2))))
+        apart, size = float(jnp.sum((new - psi) ** 2)), float(jnp.sum(new**2))
+        changes.append(math.sqrt(apart / size) if apart else 0.0)
         growth.append(found.growth)
         psi = new
-        if not changes[-1] >= CONVERGED:
+        # the rate is raised by caution, and not because the score is inadmissible
+        admissible = found.growth < found.asked
+        cautious = found.rate > found.asked and (admissible or margin > martingale.STEEP)
+        if not changes[-1] >= CONVERGED and not cautious:
             break
     assert found is not None
     if found.rate > found.asked:
@@ -235,6 +244,7 @@ class _Data:
         )
         self.behaviour = None if behaviour is None else self.along(behaviour, "behaviour")
         _check_informative(self.rows, _time_degree(self.state))
+        _check_ends(spec, episodes)
 
     def along(self, score: Score, name: str) -> Float[Array, "paths steps act"]:
         """A score where the next action is due: at the next observation, from the action held."""
@@ -438,11 +448,29 @@ def _check_episodes(spec: Spec, episodes: Transition) -> None:
                 f"`episodes.{name}` must be finite; {len(where)} of {lead[0] * lead[1]} rows are "
                 f"not, the first at path {where[0][0]}, step {where[0][1]}. Remove such episodes."
             )
+    if np.asarray(episodes.terminated).dtype != bool:
+        raise ValueError(
+            f"`episodes.terminated` must be of type bool, got {episodes.terminated.dtype}."
+        )
+    if (largest := float(np.max(np.abs(episodes.action)))) > 1.0 + BOUND_SLACK:
+        raise ValueError(
+            f"`episodes.action` must lie in [-1, 1], in units of the environment's action bound; "
+            f"the largest is {largest:g}."
+        )
     if np.min(episodes.dt) <= 0.0:
         path, step = np.argwhere(np.asarray(episodes.dt) <= 0.0)[0]
         got = float(episodes.dt[path, step])
         raise ValueError(
             f"`episodes.dt` must be above 0 seconds, got {got:g} at path {path}, step {step}."
+        )
+
+
+def _check_ends(spec: Spec, episodes: Transition) -> None:
+    """Over a finite horizon the ends of episodes are all that ties Q down."""
+    if "time" in spec.clock and not np.any(episodes.terminated):
+        raise ValueError(
+            "`episodes.terminated` is nowhere True: over a finite horizon the data must reach the "
+            "end of episodes, which decides what is earned before it."
         )
 
 

@@ -274,7 +274,7 @@ def record(
     """Whole episodes side by side, axes [paths, steps]: a data set for `qscore.offline`.
 
     `first(obs, key)` is an episode's first action and `move(obs, action, key)` each next one, from
-    the action before it; both in [-1, 1].
+    the action before it; what leaves [-1, 1] is clipped, as the environment does.
 
     Raises `ValueError` where episodes are not all equally long, `EnvironmentFailure` where the
     state left the numbers.
@@ -291,6 +291,7 @@ def record(
             move_key, step_key = jr.split(jr.fold_in(path_key, i))
             obs = environment.observation(state)
             action = jnp.where(i == 0, action, move(obs, action, move_key))
+            action = jnp.clip(action, -1.0, 1.0)
             after, out = environment.advance(state, action, key=step_key)
             row = Transition(obs, action, out.reward, out.obs, out.terminated, state.time, out.dt)
             return (after, action), row
