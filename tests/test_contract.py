@@ -357,6 +357,15 @@ def test_out_of_range_is_refused_by_name(kind, rule):
             build(kind, **{rule.name: value})
 
 
+@pytest.mark.parametrize(("kind", "rule"), fields_of(lambda rule: rule.kind is float))
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_refused_by_name(kind, rule, value):
+    with pytest.raises(
+        ValueError, match=f"`{rule.name}` must (be finite|lie in .*), got .*{value}"
+    ):
+        build(kind, **{rule.name: (value,) if rule.many else value})
+
+
 @pytest.mark.parametrize(("kind", "rule"), fields_of(lambda rule: True))
 def test_wrong_type_is_refused_by_name(kind, rule):
     for value in rule.of_wrong_type():

@@ -105,9 +105,10 @@ def test_networks_learn_the_closed_form_in_a_quarter_of_the_time():
 
 
 def held_optimum(problem, dt, substeps):
-    """P and K of the fixed point of CQSM's equations with actions held over steps dt, by iteration.
+    """P, K and Q(0) of the fixed point of CQSM's equations with actions held over steps dt.
 
-    State by Euler steps, reward by the trapezoidal rule, then the action by one Euler step.
+    By iteration: state by Euler steps, reward by the trapezoidal rule, then the action by one Euler
+    step, with noise.
     """
     beta, G, size = problem.discount_rate, problem.G, len(problem.M)
     span = -np.expm1(-beta * dt) / beta
@@ -125,24 +126,28 @@ def held_optimum(problem, dt, substeps):
         after = span * problem.score_cost * K.T @ K + np.exp(-beta * dt) * moved.T @ P @ moved
         last, P = P, span * reward + held.T @ after @ held
         if np.abs(P - last).max() < 1e-13:
-            return P, K
+            noise = dt * np.sum(np.diag(G.T @ P @ G)) * problem.sigma_a[0, 0] ** 2
+            return P, K, 0.5 * noise * np.exp(-beta * dt) / np.expm1(-beta * dt)
     raise AssertionError("no fixed point")
 
 
-def test_half_a_step_on_the_error_of_held_actions_is_of_second_order():
+@pytest.mark.parametrize("discount_rate", [0.01, 0.5])
+def test_half_a_step_on_the_error_of_held_actions_is_what_the_page_says(discount_rate):
     problem = qs.lq.Problem(
         A=[[0.2, 0.5], [-0.5, -0.1]],
         B=[[1.0], [0.4]],
         sigma_a=0.5,
         M=np.diag([1.0, 0.5, 0.2]),
         score_cost=0.3,
-        discount_rate=1e-3,  # charging the score's cost half a step early costs an order beta dt
+        discount_rate=discount_rate,
     )
     exact = qs.lq.solve(problem)
+    # what the score costs on the way: minus the value of a task without other rewards
+    costs = qs.lq.evaluate(dataclasses.replace(problem, M=0.0 * problem.M), exact.K, exact.k)
     z = np.random.default_rng(0).standard_normal((500, 3))
     plain, corrected = {}, {}
     for dt in (0.04, 0.02):
-        P, K = held_optimum(problem, dt, substeps=64)
+        P, K, constant = held_optimum(problem, dt, substeps=64)
         P, K = jnp.asarray(P, jnp.float32), jnp.asarray(K, jnp.float32)
 
         def at(z, P=P, K=K, dt=dt):
@@ -154,23 +159,52 @@ def test_half_a_step_on_the_error_of_held_actions_is_of_second_order():
                     lambda a: K @ full(a),
                     a,
                     score_cost=problem.score_cost,
+                    action_noise=problem.sigma_a,
                     dt=dt,
                 )
 
-            (_, score), gradient = jax.value_and_grad(both, has_aux=True)(z[2:])
-            return score, gradient
+            (q, score), gradient = jax.value_and_grad(both, has_aux=True)(z[2:])
+            return q, gradient, problem.score_cost * score
 
-        score, gradient = jax.vmap(at)(jnp.asarray(z, jnp.float32))
-        size = np.linalg.norm(exact.score(z))
-        plain[dt] = np.linalg.norm(z @ np.asarray(K).T - exact.score(z)) / size
-        corrected[dt] = [
-            np.linalg.norm(np.asarray(score) - exact.score(z)) / size,
-            np.linalg.norm(np.asarray(gradient) - exact.gradient(z)) / (0.3 * size),
-        ]
-    assert plain[0.04] > 0.02 and plain[0.04] / plain[0.02] == pytest.approx(2.0, rel=0.2)
-    for coarse, fine in zip(corrected[0.04], corrected[0.02], strict=True):
-        assert coarse < 0.15 * plain[0.04]
+        q, *gradients = jax.vmap(at)(jnp.asarray(z, jnp.float32))
+        # charged half a step early; and blind to the action's noise for half a step on average
+        early = 0.5 * discount_rate * dt
+        response = problem.sigma_a @ exact.K[:, 2:].T
+        blind = 0.25 * dt * problem.score_cost * np.sum(response**2) / discount_rate
+        q = np.asarray(q, np.float64) + constant - early * costs.q(z) + blind
+        gradients = [np.asarray(g, np.float64) - early * costs.gradient(z) for g in gradients]
+        slopes = z @ np.asarray(P)
+        held = constant - 0.5 * np.sum(z * slopes, axis=1), -slopes[:, 2:], -slopes[:, 2:]
+        truths = exact.q(z), exact.gradient(z), exact.gradient(z)
+        for errors, found in ((plain, held), (corrected, (q, *gradients))):
+            errors[dt] = [
+                np.linalg.norm(one - truth) / np.linalg.norm(truth)
+                for one, truth in zip(found, truths, strict=True)
+            ]
+    shares = 0.2, 0.15, 0.15
+    for share, one, coarse, fine in zip(
+        shares, plain[0.04], corrected[0.04], corrected[0.02], strict=True
+    ):
+        assert one > 0.02 and coarse < share * one
         assert coarse / fine > 3.0
+    assert plain[0.04][1] / plain[0.02][1] == pytest.approx(2.0, rel=0.2)
+
+
+@pytest.mark.parametrize("action", [-1.0, 0.0, 0.8])
+def test_the_control_variate_takes_off_noise_and_no_mean(action):
+    algorithm = qs.CQSM(hidden=(16,), critics=1, inner_steps=1, normalize_inputs=False)
+    state = algorithm.init(qs.Spec(2, 1, dt=0.1), key=jr.key(0))
+    plain = dataclasses.replace(algorithm, control_variate=False)
+    keys = jr.split(jr.key(1), 100_000)
+    here = jnp.array([0.3, -0.4]), jnp.array([action])
+
+    def values(algorithm):
+        draw = lambda key: algorithm.next_q(state, *here, jnp.float32(0.1), key=key)[0][0]  # noqa: E731
+        return np.asarray(jax.jit(jax.vmap(draw))(keys), np.float64)
+
+    with_it, without = values(algorithm), values(plain)
+    assert np.mean(with_it) == pytest.approx(np.mean(without), abs=0.02 * np.std(without))
+    assert np.std(with_it) < 0.3 * np.std(without)
 
 
 def test_features_are_all_monomials_up_to_degree_two_times_polynomials_of_time():

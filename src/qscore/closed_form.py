@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 
 from qscore import lq, sde
 from qscore.environments.lq import LQ
+from qscore.martingale import mean_over_noise
 from qscore.programs import kept
 from qscore.types import State
 
@@ -56,20 +57,25 @@ def continuous(
     action: Float[Array, " act"],
     *,
     score_cost: float,
+    action_noise: Float[np.ndarray, "act act"],
     dt: float,
 ) -> tuple[Float[Array, ""], Float[Array, " act"]]:
     """Q and the score of continuous time at an action, from those of actions held over steps dt.
 
-    With m = a + dt/2 Psi(a), at one state:
+    With m = a + dt/2 Psi(a) and xi ~ N(0, I), at one state:
 
-        Q_0(a) = Q(m) - dt/4 lambda |Psi(a)|^2,        Psi_0(a) = Psi(m)
+        Q_0(a) = E Q(m + (dt/2)^(1/2) sigma_a xi) - dt/4 lambda |Psi(a)|^2,     Psi_0(a) = Psi(m)
 
-    up to O(dt^2) where state steps are exact: in the half step before it is held, the action moves
-    from a to m under the score and pays for that.
+    where state steps are exact: in the half step before it is held, the action moves from a under
+    the score and the noise, and pays for the score. What is left is O(dt^2) but for two terms of Q:
+    beta dt/2 times the discounted sum of the score's later costs, which are charged with the step
+    before the one they belong to; and lambda dt / (4 beta) |K_a sigma_a|^2, as a held action
+    answers its own noise late.
     """
     psi = score(action)
     middle = action + 0.5 * dt * psi
-    return q(middle) - 0.25 * dt * score_cost * jnp.sum(psi**2), score(middle)
+    ahead = mean_over_noise(lambda a: q(a)[None], middle, jnp.sqrt(0.5 * dt) * action_noise)[0]
+    return ahead - 0.25 * dt * score_cost * jnp.sum(psi**2), score(middle)
 
 
 def learned_by(
@@ -95,6 +101,7 @@ def learned_by(
         score or (lambda a: held(a)[1]),
         action,
         score_cost=environment.solved_problem.score_cost,
+        action_noise=np.asarray(environment.solved_problem.sigma_a, np.float32),
         dt=environment.dt,
     )
 

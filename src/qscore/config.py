@@ -91,3 +91,5 @@ def _check(name: str, value: Any, hint: Any) -> None:
         for bounds in ranges:
             if item not in bounds:
                 raise ValueError(f"`{name}` must lie in {bounds}, got {value!r}.")
+        if isinstance(item, float) and not math.isfinite(item):
+            raise ValueError(f"`{name}` must be finite, got {value!r}.")

@@ -19,6 +19,7 @@ E[dM^2] does *not* find Q: as dt -> 0 that is the quadratic variation, least for
 Nothing here knows about reinforcement learning.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import ndtr
 from jaxtyping import Array, Float, Int
 
 from qscore.types import AnyArray
@@ -254,6 +256,18 @@ def mean_over_noise(
     """E f(a + noise xi) for xi ~ N(0, I), to second order in the noise: exact for a quadratic f."""
     second = jax.hessian(function)(action)
     return function(action) + 0.5 * jnp.einsum("fab,ac,bc->f", second, noise, noise)
+
+
+def mean_in_box(
+    action: Float[Array, " act"], noise: Float[Array, "act act"]
+) -> Float[Array, " act"]:
+    """E clip(action + noise xi, -1, 1) for xi ~ N(0, I)."""
+    spread = jnp.maximum(jnp.linalg.norm(noise, axis=1), 1e-12)
+    low, high = (-1.0 - action) / spread, (1.0 - action) / spread
+    below, above = ndtr(low), ndtr(-high)
+    shift = jnp.exp(-0.5 * low**2) - jnp.exp(-0.5 * high**2)
+    inside = action * (1.0 - below - above) + spread * shift / math.sqrt(2.0 * math.pi)
+    return inside + above - below
 
 
 class PathSums(eqx.Module):

@@ -257,12 +257,14 @@ class CQSM:
     penalty: Annotated[float, Range(0, 1)] = preset_field()
     """Share of the score's cost that is charged to Q, in [0, 1]; the theory's is 1."""
     inner_steps: Annotated[int, Range(1, 100)] = preset_field()
-    """Euler-Maruyama steps of the action process per control step, in [1, 100]."""
+    """Euler-Maruyama steps of the action process per control step, in [1, 100]. Features learn as
+    with one, and only act in more."""
     test_function: Literal["gradient", "weighted"] = preset_field()
     """xi: the critic's parameter gradient, or that over the increment's conditional variance, which
     is a regression of dM^2 / dt on quadratic features."""
     control_variate: bool = True
-    """Take the simulated action noise's known effect off dM. For features this is exact."""
+    """Take the simulated action noise's known effect off dM: for features all of it, for networks
+    with one inner step the first order; with more inner steps networks do without."""
     relaxation_rate: Annotated[float, Range(0, low_open=True)] = 2.0
     """Rate at which a feature score follows grad_a Q / lambda, in (0, inf), 1/s."""
     window: Annotated[float, Range(0, 1, low_open=True)] = 0.5
@@ -482,6 +484,32 @@ class CQSM:
         # dt can be zero, at an episode's first observation
         return action, effort / jnp.maximum(self.inner_steps * h**2, 1e-12)
 
+    def next_q(
+        self,
+        state: CQSMState,
+        next_obs: Float[Array, " view"],
+        action: Float[Array, " act"],
+        dt: Float[Array, ""],
+        *,
+        key: Key,
+    ) -> tuple[Float[Array, " critics"], Float[Array, ""]]:
+        """Every target network's Q after one draw of the action's move, and the move's effort.
+
+        Less the first order of the draw's noise, with `control_variate` and one inner step: the
+        mean stays the same and most of the noise goes.
+        """
+        noise = state.constants.action_noise
+        learner: Any = state.learner
+        moved, effort = self.move(state, state.score, next_obs, action, dt, noise, key=key)
+        q = jax.vmap(lambda critic: critic(next_obs, moved))(learner.target)
+        if self.control_variate and self.inner_steps == 1:
+            still, _ = self.move(state, state.score, next_obs, action, dt, 0.0 * noise, key=key)
+            slope = jax.vmap(lambda critic: jax.grad(critic, argnums=1)(next_obs, still))
+            # at the bounds the box turns noise into drift, which stays
+            mean = martingale.mean_in_box(still, jnp.sqrt(dt) * noise)
+            q = q - slope(learner.target) @ (moved - mean)
+        return q, effort
+
     # -- learning ------------------------------------------------------------------------------
 
     def update(self, state: CQSMState, batch: Transition, *, key: Key) -> tuple[CQSMState, Metrics]:
@@ -629,13 +657,7 @@ class CQSM:
 
         def ahead(next_obs, action, dt, key):
             """The smallest target Q at the next state and action, and the penalty's rate."""
-            noise = constants.action_noise
-            moved, effort = self.move(state, state.score, next_obs, action, dt, noise, key=key)
-            q = jax.vmap(lambda critic: critic(next_obs, moved))(learner.target)
-            if self.control_variate and self.inner_steps == 1:
-                still, _ = self.move(state, state.score, next_obs, action, dt, 0.0 * noise, key=key)
-                slope = jax.vmap(lambda critic: jax.grad(critic, argnums=1)(next_obs, still))
-                q = q - slope(learner.target) @ (moved - still)
+            q, effort = self.next_q(state, next_obs, action, dt, key=key)
             return jnp.min(q), 0.5 * cost * effort
 
         inputs = jnp.concatenate([batch.obs, batch.action], axis=1)
