@@ -34,6 +34,7 @@ import numpy as np
 from curves import learning_curve, read, record
 
 from qscore import SAC, TD3, Host
+from qscore.folder import write_json
 from qscore.statistics import summarize
 from qscore.train_host import CHUNK, Session, episode_seed
 
@@ -206,9 +207,9 @@ def main() -> None:
         parser.error(f"--steps must be a multiple of --eval-every; {args.steps} is not")
     if args.speed:
         results = speed(args.tasks[0], args.rounds, args.updates)
-        text = json.dumps({"machine": machine, "task": args.tasks[0], **results}, indent=1)
-        args.out.write_text(text + "\n")
-        print(text)
+        results = {"machine": machine, "task": args.tasks[0], **results}
+        write_json(args.out, results)
+        print(json.dumps(results, indent=2))
         return
     about = {"steps": args.steps, "machine": f"{platform.machine()}, one core per run"}
     results = record(args.out, about, {})

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from qscore.folder import write_json
 from qscore.train_host import Session
 
 
@@ -29,17 +30,15 @@ def record(
 
     Exits where the file is about something else; the machine may differ.
     """
-    with file.open("a+") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        stream.seek(0)
-        held = json.loads(stream.read() or "null") or about | {"variants": {}}
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        held = json.loads(file.read_text()) if file.is_file() else about | {"variants": {}}
         for key, value in about.items():
             if held.get(key) != value and key != "machine":
                 _refuse(f"{file} holds {key} {held.get(key)!r}, not {value!r}; name another file")
         for name, runs in variants.items():
             held["variants"].setdefault(name, {}).update(runs)
-        stream.truncate(0)
-        stream.write(json.dumps(held, indent=1) + "\n")
+        write_json(file, held)
     return held
 
 

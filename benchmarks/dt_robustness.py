@@ -47,6 +47,7 @@ from qscore import CQSM, lq
 from qscore.algorithms.cqsm import REFERENCE_DT
 from qscore.closed_form import compare
 from qscore.environments.lq import LQ
+from qscore.folder import write_json
 from qscore.networks import MLP
 from qscore.normalize import Moments, observe, standardize
 from qscore.optimize import gradient_step, move_target
@@ -389,7 +390,7 @@ def benchmark(
                 if str(seed) not in runs:
                     runs[str(seed)] = measure(name, dt, seed, seconds, irregular=random)
                     print(name, column, f"seed {seed}", runs[str(seed)], flush=True)
-                    out.write_text(json.dumps(results, indent=1) + "\n")
+                    write_json(out, results)
     if not irregular:
         n, exact = problem.state_size, lq.solve(problem).P
         results["gradient_rms"] = {
@@ -399,7 +400,7 @@ def benchmark(
             },
         }
     results["summary"] = {name: summarize(runs) for name, runs in results["errors"].items()}
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(out, results)
     return results
 
 

@@ -14,7 +14,6 @@ All seeds are printed and written. About seven minutes on two shared cores.
 """
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -29,6 +28,7 @@ import numpy as np
 from qscore import CQSM, lq, offline, rollout
 from qscore.closed_form import learned_by
 from qscore.environments import LQ
+from qscore.folder import write_json
 from qscore.types import Transition
 
 EPISODIC = """{"A": [[-0.2]], "B": [[1.0]], "noise": [{"C": [[0.2]], "D": [[0.1]], "e": [0.3]}],
@@ -157,7 +157,7 @@ def main() -> None:
             row = results["improvement"][data][str(seed)] = improvement(data, seed)
             print(f"improvement, {data}, seed {seed}: {row}", flush=True)
     if args.out is not None:
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(args.out, results)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,14 @@ def compare():
     return module
 
 
+def test_a_subject_takes_whole_chunks_of_copies_on_the_device():
+    subject = bench.Subject("td3", "lq", steps=6_400, hidden=(4,), batch_size=4)
+    subject.loop(6_400)
+    with pytest.raises(ValueError, match="there is room for 19200 steps, warm-up included"):
+        subject.loop(6_400)
+    subject.close()
+
+
 @pytest.mark.slow
 def test_a_subject_counts_its_operations_and_keeps_to_its_room():
     width, rows, chunk = 32, 16, 50

@@ -1,13 +1,17 @@
 """The command line: exit codes, one clear line for bad input, one JSON value on stdout."""
 
+import errno
 import json
+import os
+import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 import qscore as qs
-from qscore import cli, train_host
+from qscore import bench, cli, train_host
 
 TINY = [
     *("--algorithm.hidden", "8", "8", "--algorithm.batch-size", "8"),
@@ -156,6 +160,28 @@ def test_divergence_and_interrupts_have_their_exit_codes(capsys, tmp_path, monke
     assert code == 130
 
 
+def test_a_file_that_cannot_be_written_is_one_message(capsys, run, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    to = tmp_path / "file" / "film.mp4"
+    code, _, err = call(capsys, "eval", run, "--episodes", "1", "--video", to)
+    assert code == 2 and err.startswith("qscore: cannot write to `video`, ") and "film.mp4" in err
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("qscore.playback.evaluate", full)
+    code, _, err = call(capsys, "eval", run)
+    assert code == 1 and err == "qscore: [Errno 28] No space left on device\n"
+
+
+def test_a_printed_command_can_be_pasted(capsys, run, tmp_path):
+    folder = tmp_path / "a run"
+    shutil.copytree(run, folder)
+    _, _, err = call(capsys, "resume", folder)
+    film = err.splitlines()[-1].removeprefix("watch the policy").split("eval", 1)[1]
+    assert shlex.split(film) == [str(folder), "--video", str(folder / "policy.mp4")]
+
+
 def test_bench_reports_the_contracts_fields(capsys, monkeypatch):
     monkeypatch.setattr("qscore.bench.REPEATS", 1)
     code, out, _ = call(capsys, "bench", "qsm", "--environment", "Pendulum-v1", "--json")
@@ -166,6 +192,11 @@ def test_bench_reports_the_contracts_fields(capsys, monkeypatch):
     ]
     assert all(value > 0 for value in list(row.values())[2:])
     assert "updates_per_second" in call(capsys, "bench", "td3", "--environment", "Pendulum-v1")[1]
+
+
+def test_several_are_measured_apart(capsys):
+    with pytest.raises(qs.UsageError, match="unknown environment 'Pendulun-v1'"):
+        bench.measure_apart("td3", "Pendulun-v1")
 
 
 def test_it_also_runs_as_a_module():

@@ -203,7 +203,7 @@ def test_the_control_variate_takes_off_noise_and_no_mean(action):
         return np.asarray(jax.jit(jax.vmap(draw))(keys), np.float64)
 
     with_it, without = values(algorithm), values(plain)
-    assert np.mean(with_it) == pytest.approx(np.mean(without), abs=0.02 * np.std(without))
+    assert np.mean(with_it) == pytest.approx(np.mean(without), abs=float(0.02 * np.std(without)))
     assert np.std(with_it) < 0.3 * np.std(without)
 
 

@@ -181,7 +181,8 @@ def test_an_exported_policy_acts_as_the_original_without_jax(name, trained, tmp_
 
 
 @pytest.mark.slow
-def test_the_card_says_what_the_run_was(trained, tmp_path, capsys):
+def test_the_card_says_what_the_run_was(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     folder = trained("sac")
     cli.main(["export", str(folder), "--to", str(tmp_path / "out"), "--json"])
     measured = json.loads(capsys.readouterr().out)

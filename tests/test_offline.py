@@ -178,19 +178,24 @@ def test_an_inadmissible_score_is_refused():
         offline.improve(ALGORITHM, INFINITE.spec, data, rounds=1)
 
 
+def theta(agent):
+    """The coefficients of Q."""
+    return agent.critic.theta
+
+
 def test_one_round_is_the_improvement_on_an_admissible_start():
     data, start = episodes(INFINITE, linear(*TARGET), 200), linear(*TARGET)
     found = offline.improve(ALGORITHM, INFINITE.spec, data, start=start, rounds=1)
     value = offline.evaluate(ALGORITHM, INFINITE.spec, data, score=start)
     # within the caution of a first of many rounds, which would raise the rate
     assert 0.0 < INFINITE.solved_problem.discount_rate - value.growth_rate < 1.0
-    np.testing.assert_array_equal(found.agent.critic.theta, value.agent.critic.theta)
+    np.testing.assert_array_equal(theta(found.agent), theta(value.agent))
 
 
 def test_nothing_to_earn_is_a_value_of_zero(recorded):
     nothing = eqx.tree_at(lambda d: d.reward, recorded, jnp.zeros_like(recorded.reward))
     found = offline.improve(ALGORITHM, FINITE.spec, nothing)
-    assert found.changes == (0.0,) and not np.any(found.agent.critic.theta)
+    assert found.changes == (0.0,) and not np.any(theta(found.agent))
     sums = martingale.PathSums(jnp.eye(2), jnp.zeros(2), jnp.zeros((2, 2)))
     point = martingale.off_policy_fixed_point(sums, rounds=3)
     assert not np.any(point.changes) and not np.any(point.theta)

@@ -23,7 +23,7 @@ import pytest
 
 import qscore as qs
 from qscore import checkpoint, train_host
-from qscore.folder import Run
+from qscore.folder import Run, alone, new_folder
 from qscore.log import ProgressBar
 
 SMALL = {"hidden": (16, 16), "batch_size": 16, "warmup_steps": 60}
@@ -387,6 +387,87 @@ def test_the_time_left_is_of_steps_that_learn_and_fits_a_narrow_terminal(monkeyp
         assert "0:15:02" in shown(100_000, 902.0)  # taken
     finally:
         bar.close()
+
+
+def test_no_two_processes_write_one_run(tmp_path):
+    run = small_run(tmp_path / "run", steps=100)
+    before = arrays(run.folder)
+    with alone(run.folder):  # as another process would
+        with pytest.raises(qs.UsageError, match="another process trains in .*run"):
+            qs.resume(run.folder, steps=200, progress=False)
+        (tmp_path / "empty").mkdir()
+        with alone(tmp_path / "empty"), pytest.raises(qs.UsageError, match="another process trai"):
+            small_run(tmp_path / "empty")
+    assert arrays(run.folder) == before
+    assert qs.resume(run.folder, steps=200, progress=False).summary["env_steps"] == 200
+
+
+def test_runs_begun_in_the_same_second_have_folders_of_their_own(tmp_path):
+    folders = [new_folder(tmp_path / "runs" / "td3-lq-1") for _ in range(3)]
+    assert [folder.name for folder in folders] == ["td3-lq-1", "td3-lq-1-2", "td3-lq-1-3"]
+    assert all(folder.is_dir() for folder in folders)
+
+
+def test_an_interrupt_before_the_first_step_says_how_to_go_on(tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_host.Session, "__init__", interrupted)
+        with pytest.raises(qs.Interrupted, match="continue with: qscore resume '.*a run'"):
+            small_run(tmp_path / "a run", steps=100)
+    whole = small_run(tmp_path / "whole", steps=100).folder
+    assert_same_run(whole, qs.resume(tmp_path / "a run", progress=False).folder)
+
+
+def test_a_checkpoint_that_another_was_about_to_replace_is_put_back(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    header = {"seconds": 0.0}
+    checkpoint.save(folder, 50, header, {0: {"x": np.zeros(2)}}, keep=1)
+    rename = Path.rename
+
+    def killed(path, target):
+        if path.name == ".tmp-50":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(folder, 50, header, {0: {"x": np.ones(2)}}, keep=1)
+    assert checkpoint.steps(folder) == []
+    checkpoint.clean(folder)
+    assert checkpoint.steps(folder) == [50] and not list(folder.glob(".tmp*"))
+    np.testing.assert_array_equal(checkpoint.load(folder / "50", 0, {"x": 0})["x"], np.zeros(2))
+    checkpoint.save(folder, 50, header, {0: {"x": np.ones(2)}}, keep=1)
+    np.testing.assert_array_equal(checkpoint.load(folder / "50", 0, {"x": 0})["x"], np.ones(2))
+    assert checkpoint.steps(folder) == [50] and not list(folder.glob(".tmp*"))
+
+
+def test_a_checkpoint_that_cannot_be_read_gives_way_to_the_one_before(tmp_path, monkeypatch):
+    run = small_run(tmp_path / "run", steps=200, eval_every=100)
+    digest = checkpoint._sha256
+
+    def failing(path):
+        if path.parent.name == "200":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return digest(path)
+
+    monkeypatch.setattr(checkpoint, "_sha256", failing)
+    said = []
+    found = checkpoint.newest(run.checkpoints, said.append)
+    assert found and found[0].name == "100" and "cannot be read ([Errno 5]" in said[0]
+
+
+def test_a_resume_that_cannot_write_is_one_message(tmp_path, monkeypatch):
+    run = small_run(tmp_path / "run", steps=100)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "truncate", full)
+    with pytest.raises(qs.RunStopped, match="cannot write to .*run: .*No space left"):
+        qs.resume(run.folder, steps=200, progress=False)
 
 
 def test_a_flipped_byte_is_named_and_the_checkpoint_before_is_used(tmp_path, capsys):

@@ -16,7 +16,7 @@ import pytest
 
 import qscore as qs
 from qscore.environments import LQ
-from qscore.sweep import _alone, sweep
+from qscore.sweep import _alone, _begun, _report, process, sweep
 from qscore.sweep.board import Board, Stage, read_trials
 from qscore.sweep.process import Evaluation
 from qscore.sweep.spec import Dimension, Failures, Resources, parse
@@ -578,6 +578,83 @@ def test_optuna_maximises_and_ends_where_all_was_tried(tmp_path):
         optuna.on_trial_complete(str(len(seen) - 1), {"stage": "failed", "value": 1.0})
     assert sorted(seen) == [2, 3, 4]
     board.close()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("low = 2, high = 4", "low = 2, high = 3", "with `algorithm.noise_levels` 4, which"),
+        (
+            '"algorithm.noise_levels" = { low = 2, high = 4 }\n',
+            "",
+            "with `algorithm.noise_levels` ",
+        ),
+        (
+            "[search.space]",
+            '[search.space]\n"algorithm.batch_size" = { low = 1, high = 9 }',
+            "with no `",
+        ),
+    ],
+)
+def test_a_search_goes_on_in_the_space_it_began_with(tmp_path, before, after, message):
+    text = f'out = "{tmp_path}"\n{OPTUNA}'
+    asked = parse(text, "o.toml")
+    board = Board(tmp_path, [], 12, screen=False)
+    trial = asked.trials[0]  # at an end of the space
+    largest = next(t for t in asked.trials if t.chosen["algorithm.noise_levels"] == 4)
+    for each in (trial, largest):
+        board.add(each)
+        board.begun(each.name)
+    board.close()
+    assert {each.name for each in _begun(asked)} == {trial.name, largest.name}
+    assert before in text
+    with pytest.raises(qs.UsageError, match=f"was begun {message}"):
+        _begun(parse(text.replace(before, after), "o.toml"))
+
+
+def test_a_page_that_fails_loses_no_sweep(tmp_path, monkeypatch):
+    def failing(*args, **kwargs):
+        raise qs.UsageError("seed 0 of td3 is in a and in b")
+
+    monkeypatch.setattr("qscore.report.report", failing)
+    trial = parse(GRID, "g.toml").trials[0]
+    board = Board(tmp_path, [trial], 1, screen=False)
+    board.ended(trial.name, "done")
+    board.close()
+    assert _report(tmp_path, board) == (None, "seed 0 of td3 is in a and in b")
+
+
+def test_a_trial_whose_files_are_odd_fails_alone(tmp_path, monkeypatch):
+    stopped = []
+
+    class Odd(process.Attempt):
+        def __init__(self, *args):
+            pass
+
+        def state(self):
+            return "running"
+
+        def news(self):
+            raise qs.UsageError("evals.jsonl, line 1, is not a line of a run")
+
+        def stop(self):
+            stopped.append(self)
+
+    monkeypatch.setattr(process, "Attempt", Odd)
+    told = process.carry_out(
+        [], tmp_path, cores=1, retries=3, report=lambda _: None, stopping=lambda: False
+    )
+    assert told == ("failed", "evals.jsonl, line 1, is not a line of a run") and len(stopped) == 1
+
+
+def test_a_trial_finds_the_modules_that_its_sweep_does(tmp_path, monkeypatch):
+    (tmp_path / "own_tasks.py").write_text("open('imported', 'w').close()")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    attempt = process.Attempt(["qscore", "train", "td3", "own_tasks:Gone-v0"], tmp_path / "run", 1)
+    attempt.process.wait()
+    attempt.stop()
+    assert (tmp_path / "imported").is_file() and attempt.state() == "failed", attempt.message()
 
 
 @pytest.mark.slow

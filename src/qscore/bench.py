@@ -4,7 +4,9 @@ Networks (256, 256) and batch 256, the algorithms' defaults. The whole loop is t
 itself (collecting, replay, updates), without evaluation and files.
 """
 
+import json
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +20,7 @@ import numpy as np
 from qscore import replay, train_host
 from qscore.algorithms import ALGORITHMS
 from qscore.environments import environment_class
-from qscore.errors import UsageError
+from qscore.errors import RunStopped, UsageError
 from qscore.products import Precision
 from qscore.train_host import Session
 
@@ -58,15 +60,16 @@ class Subject:
         start = time.perf_counter()
         self._policy = train_host.exploration_policy(algorithm, spec, 1)
         size = train_host.chunk_steps(environment)
-        self._until = WARMUP + size + steps
+        begun = -(-(WARMUP + size) // size) * size  # whole chunks
+        self._until = begun + steps
         train_host.compiled_chunk(algorithm, spec, self._until, size, precision)
         self.compile_seconds = time.perf_counter() - start
 
         self._session = Session(
             algorithm, environment, 0, steps=self._until, eval_episodes=1, precision=precision
         )
-        while self._session.env_steps < WARMUP + size:
-            self._session.advance(self._until)
+        while self._session.env_steps < begun:
+            self._session.advance(begun)
         self._obs = np.asarray(self._session.runner.replay.data.obs[:1])
         self._rows = self._session.collector.empty_block()
         batch = jax.eval_shape(lambda: replay.empty_rows(spec, algorithm.batch_size))
@@ -106,13 +109,21 @@ class Subject:
         self._session.close()
 
 
+def _chunk_steps(environment_name: str) -> int:
+    try:
+        return train_host.chunk_steps(environment_class(environment_name)(id=environment_name))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
 def measure(
     algorithm_name: str, environment_name: str, precision: Precision = "f32"
 ) -> dict[str, Any]:
     """One row of `qscore bench --json`. Raises `UsageError` for an environment that cannot be."""
     size = train_host.CHUNK
-    subject = Subject(algorithm_name, environment_name, steps=REPEATS * size, precision=precision)
-    loop = _median_seconds(subject.loop, size)
+    chunk = max(size, _chunk_steps(environment_name))
+    subject = Subject(algorithm_name, environment_name, steps=REPEATS * chunk, precision=precision)
+    loop = _median_seconds(subject.loop, chunk)
     acting = _median_seconds(subject.act, 100)
     updating = _median_seconds(subject.update, size)
     subject.close()
@@ -125,6 +136,19 @@ def measure(
         "compile_seconds": subject.compile_seconds,
         "peak_memory_mb": peak_memory_mb(),
     }
+
+
+def measure_apart(
+    algorithm_name: str, environment_name: str, precision: Precision = "f32"
+) -> dict[str, Any]:
+    """`measure` in a process of its own: a peak of memory is that of all a process has done."""
+    command = [sys.executable, "-m", "qscore", "bench", algorithm_name, "--json"]
+    command += ["--environment", environment_name, "--precision", precision]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        said = done.stderr.strip().removeprefix("qscore: ")
+        raise UsageError(said) if done.returncode == 2 else RunStopped(said)
+    return json.loads(done.stdout)[0]
 
 
 def peak_memory_mb() -> float:

@@ -20,6 +20,9 @@ import numpy as np
 
 FORMAT = 1
 
+ASIDE = ".tmp-replaced-"
+"""What the checkpoint of a step is called while another one of the same step takes its place."""
+
 
 class CorruptCheckpoint(RuntimeError):
     """A checkpoint file that is not what was written."""
@@ -48,10 +51,12 @@ def save(
         with open(scratch / "header.json", "w") as file:
             json.dump(header, file, indent=1)
             _flush(file)
-        if final.exists():  # the same step again, after a resume from an earlier one
-            shutil.rmtree(final)
+        aside = folder / f"{ASIDE}{env_steps}"
+        if final.exists():  # the same step again: an interrupt's checkpoint is now the end
+            final.rename(aside)
         scratch.rename(final)
         _sync_folder(folder)
+        shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -75,7 +80,11 @@ def discard_after(folder: Path, env_steps: int) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Remove what a run that died while writing left behind."""
+    """Remove what a run that died while writing left behind, and put back what it was replacing."""
+    for path in folder.glob(f"{ASIDE}*"):
+        final = folder / path.name.removeprefix(ASIDE)
+        if not final.exists():
+            path.rename(final)
     for path in folder.glob(".tmp-*"):
         shutil.rmtree(path)
 
@@ -101,7 +110,11 @@ def read_header(checkpoint: Path) -> dict[str, Any]:
         file = checkpoint / name
         if not file.is_file():
             raise CorruptCheckpoint(f"{file} is missing")
-        if file.stat().st_size != entry["bytes"] or _sha256(file) != entry["sha256"]:
+        try:
+            same = file.stat().st_size == entry["bytes"] and _sha256(file) == entry["sha256"]
+        except OSError as error:
+            raise CorruptCheckpoint(f"{file} cannot be read ({error})") from error
+        if not same:
             raise CorruptCheckpoint(f"{file} does not match its checksum")
     return header
 

@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -196,6 +197,8 @@ def main(args: list[str] | None = None) -> None:
         _fail(130, "interrupted")
     except BrokenPipeError:
         sys.exit(1)  # the reader of our stdout went away
+    except OSError as error:  # a disk that is full, a file that cannot be written
+        _fail(1, error)
 
 
 def _dispatch(args: list[str]) -> None:
@@ -346,6 +349,7 @@ def _conclude(done: Run) -> None:
             row = "  ".join("infinite" if value is None else f"{value:8.3%}" for value in values)
             print(f"  {name:<21}{row}", file=sys.stderr)
         print(f"learned against exact  {done.folder / 'plots' / 'lq.png'}", file=sys.stderr)
+    watch = ["qscore", "eval", str(done.folder), "--video", str(done.folder / "policy.mp4")]
     print(
         f"final return per seed  {per_seed}\n"
         f"interquartile mean     {summary['iqm']:.5g}  (95% over {summary['ci95_over']} "
@@ -354,7 +358,7 @@ def _conclude(done: Run) -> None:
         f"{summary['updates_per_second']:.0f} updates/s\n"
         f"summary                {done.folder / 'summary.json'}\n"
         f"learning curve         {done.folder / 'plots' / 'returns.png'}\n"
-        f"watch the policy       qscore eval {done.folder} --video {done.folder}/policy.mp4",
+        f"watch the policy       {shlex.join(watch)}",
         file=sys.stderr,
     )
 
@@ -491,6 +495,8 @@ def _sweep(asked: Sweep) -> None:
         print(f"best on {task:<13} {said}", file=sys.stderr)
     if done.report is not None:
         print(f"report                {done.report}", file=sys.stderr)
+    if done.unreported:
+        print(f"note: the runs are not compared on a page: {done.unreported}", file=sys.stderr)
     waiting = done.counts["waiting"]
     if waiting and not done.failures:
         print(f"note: {waiting} trials less than asked: the space has no more", file=sys.stderr)
@@ -508,10 +514,9 @@ def _bench(asked: Bench) -> None:
     for name in asked.algorithm:
         if name not in ALGORITHMS:
             raise UsageError(unknown("algorithm", name, list(ALGORITHMS)))
-    rows = [
-        bench.measure(name, asked.environment, asked.precision)
-        for name in asked.algorithm or tuple(ALGORITHMS)
-    ]
+    names = asked.algorithm or tuple(ALGORITHMS)
+    measure = bench.measure if len(names) == 1 else bench.measure_apart
+    rows = [measure(name, asked.environment, asked.precision) for name in names]
     print(json.dumps(rows) if asked.json else bench.table(rows))
 
 

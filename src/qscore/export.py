@@ -4,9 +4,9 @@ README.md (a card in the layout of the Hugging Face Hub), policy.py, policy.npz,
 evals.jsonl
 """
 
-import importlib.util
 import os
 import platform
+import runpy
 import shutil
 import statistics
 import tempfile
@@ -285,11 +285,8 @@ def _check(
     target: Path, run: Run, task: Episodic, agent: Any, function: Any, carry: list[Any], code: Code
 ) -> dict[str, Any]:
     """Hold the written policy against the original along an episode, and time it."""
-    spec = importlib.util.spec_from_file_location("exported_policy", target / "policy.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    policy = module.Policy(seed=0)
+    # (an import would leave its bytecode in the folder)
+    policy = runpy.run_path(str(target / "policy.py"))["Policy"](seed=0)
     looking = _Observations()
     original = evaluation_policy(run.algorithm, task.spec)
     evaluate_policy(original, agent, [task], episodes=1, seed=0, observer=looking)

@@ -4,13 +4,16 @@ config.json  metrics.jsonl  evals.jsonl  summary.json  checkpoints/  plots/  ten
 """
 
 import dataclasses
+import fcntl
+import itertools
 import json
 import math
 import os
 import platform
 import shlex
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -119,6 +122,11 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
+
+    @property
+    def how_to_resume(self) -> str:
+        """What a message says to whoever wants to go on."""
+        return f"continue with: {shlex.join(['qscore', 'resume', str(self.folder)])}"
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -248,10 +256,44 @@ def environment_name(environment: Environment) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a small JSON file as a whole: never half of it, whenever the process dies."""
+    """Write a small JSON file as a whole: never half of it, whenever the machine dies."""
     scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(value, indent=2) + "\n")
+    with open(scratch, "w") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     scratch.replace(path)
+
+
+def new_folder(path: Path) -> Path:
+    """Make a folder of this name, or where there is one, of this name and a number."""
+    for number in itertools.count(1):
+        folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+    raise AssertionError("counting ended")
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a run folder while it is written. Raises `UsageError` where another process does.
+
+    On a file system that locks no folders, such as NFS, nothing is held.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another process trains in {folder}.") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def as_usage_error(function: Callable[[], T]) -> T:

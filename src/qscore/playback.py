@@ -322,10 +322,14 @@ def _film(run: Run, policy: Policy, agent: Any, seed: int, path: Path) -> None:
         task.close()
     rate = 1.0 / policy.spec.dt
     keep = max(1, math.ceil(rate / MAX_FRAME_RATE))  # frames beyond the eye's are left out
-    path.parent.mkdir(parents=True, exist_ok=True)
     kwargs: dict[str, Any] = {"fps": rate / keep, "macro_block_size": 2}
     if path.suffix == ".gif":
         kwargs = {"duration": 1000 * keep / rate, "loop": 0}
-    with warnings.catch_warnings():  # JAX's of the fork that starts ffmpeg: the child runs no JAX
-        warnings.simplefilter("ignore", RuntimeWarning)
-        imageio.mimwrite(path, camera.frames[::keep], **kwargs)  # pyright: ignore[reportCallIssue]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        open(path, "ab").close()  # what refuses says it better than ffmpeg
+        with warnings.catch_warnings():  # JAX's of the fork that starts ffmpeg: it runs no JAX
+            warnings.simplefilter("ignore", RuntimeWarning)
+            imageio.mimwrite(path, camera.frames[::keep], **kwargs)  # pyright: ignore[reportCallIssue]
+    except OSError as error:
+        raise UsageError(f"cannot write to `video`, {path}: {error}.") from error

@@ -3,6 +3,7 @@
 `train` starts a run folder and `resume` continues one.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -12,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,11 @@ from qscore.folder import (
     Run,
     Settings,
     absolute,
+    alone,
     as_usage_error,
     environment_name,
     installed_versions,
+    new_folder,
     write_json,
 )
 from qscore.log import ProgressBar, RunLog
@@ -103,13 +105,8 @@ def train(
     rows = task.num_envs
     settings = filled(settings, task)
     _check_multiples(settings, rows)
-    if out is None:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        name = environment_name(task).replace("/", "-")
-        out = Path("runs") / f"{algorithm_name(algorithm)}-{name}-{stamp}"
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"`out` is {folder}, which exists and is not an empty folder.")
+    if out is not None:
+        _check_empty(Path(out))
     # what is wrong with the task or the data is said before anything is written
     data = _load_data(settings, algorithm, task)
     name, made_in = environment_name(task), None if data is None else data.environment
@@ -121,14 +118,32 @@ def train(
             f"(`algorithm.warmup_steps` is {algorithm.warmup_steps}).",
             file=sys.stderr,
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        run = Run(folder, algorithm, task, settings, installed_versions())
-        run.save_config()
-    except OSError as error:
-        raise UsageError(f"cannot write to `out`, {folder}: {error}.") from error
-    _Loop(run, data, progress=progress).go()
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    usual = f"{algorithm_name(algorithm)}-{name.replace('/', '-')}-{stamp}"
+    folder = Path("runs") / usual if out is None else Path(out)
+    with contextlib.ExitStack() as held:
+        try:
+            if out is None:
+                folder = new_folder(folder)
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(alone(folder))
+            _check_empty(folder)  # another process may have been quicker
+            run = Run(folder, algorithm, task, settings, installed_versions())
+            run.save_config()
+        except OSError as error:
+            raise UsageError(f"cannot write to `out`, {folder}: {error}.") from error
+        try:
+            loop = _Loop(run, data, progress=progress)
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted before training began; {run.how_to_resume}") from None
+        loop.go()
     return run
+
+
+def _check_empty(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"`out` is {out}, which exists and is not an empty folder.")
 
 
 def resume(folder: str | os.PathLike, *, steps: int | None = None, progress: bool = True) -> Run:
@@ -154,16 +169,21 @@ def resume(folder: str | os.PathLike, *, steps: int | None = None, progress: boo
         if installed_versions().get(name) != old
     ]
     data = _load_data(run.settings, run.algorithm, run.environment)
-    loop = _Loop(run, data, progress=progress)
-    if differing:
-        loop.bar.warn(f"not what the run began with, so numbers may differ: {', '.join(differing)}")
-    try:
-        loop.restore()
-        run.save_config()
-    except BaseException:
-        loop.close()
-        raise
-    loop.go()
+    with alone(run.folder):
+        loop = _Loop(run, data, progress=progress)
+        if differing:
+            changes = ", ".join(differing)
+            loop.bar.warn(f"not what the run began with, so numbers may differ: {changes}")
+        try:
+            loop.restore()
+            run.save_config()
+        except OSError as error:
+            loop.close()
+            raise RunStopped(f"cannot write to {run.folder}: {error}.") from error
+        except BaseException:
+            loop.close()
+            raise
+        loop.go()
     return run
 
 
@@ -289,6 +309,7 @@ class _Loop:
     def restore(self) -> None:
         """Go back to the newest intact checkpoint; to the start where there is none."""
         folder = self.run.checkpoints
+        checkpoint.clean(folder)
         found = checkpoint.newest(folder, self.bar.warn)
         if found is None:
             if checkpoint.steps(folder):
@@ -395,7 +416,7 @@ class _Loop:
             if stopping and not finished:
                 raise Interrupted(
                     f"interrupted at {done} of {settings.total_steps} steps, checkpoint written; "
-                    f"continue with: qscore resume {self.run.folder}"
+                    f"{self.run.how_to_resume}"
                 )
         self._wait()
 
@@ -546,7 +567,7 @@ class _Loop:
         write_json(self.run.folder / "summary.json", summary)
 
 
-@contextmanager
+@contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
     """Turn the first SIGINT or SIGTERM into a flag; the second one acts as usual."""
     asked = threading.Event()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,9 @@ class Outcome:
     retry: str
     """The command that tries those again."""
     report: Path | None
-    """The page that compares the runs; None where no trial is done."""
+    """The page that compares the runs; None where no trial is done, or they cannot be compared."""
+    unreported: str
+    """Why there is no page where there could be one; empty otherwise."""
 
 
 def sweep(
@@ -47,7 +50,7 @@ def sweep(
     path = Path(spec)
     asked = _read(path)
     engine = _engine(asked)
-    again = f"qscore sweep {path} --resume"
+    again = shlex.join(["qscore", "sweep", str(path), "--resume"])
     if retry and not resume:
         raise UsageError("`--retry` is of what an earlier sitting left; it needs `--resume`.")
     if asked.out.exists() and not resume and (not asked.out.is_dir() or any(asked.out.iterdir())):
@@ -58,7 +61,7 @@ def sweep(
         )
     if resume and not (asked.out / "sweep.toml").is_file():
         raise UsageError(f"there is no sweep in {asked.out} to go on with.")
-    for trial in asked.trials:
+    for trial in _begun(asked) if resume and asked.adaptive else asked.trials:
         _check_same(trial, asked.out / trial.name)
     with engine.ready(asked):  # before JAX has threads, beside which Ray cannot start processes
         _check_trials(asked)
@@ -76,12 +79,14 @@ def sweep(
                 board.close()
             if stopping():
                 raise Interrupted(f"interrupted, checkpoints written; continue with: {again}")
+    page, unreported = _report(asked.out, board)
     return Outcome(
         asked.out,
         board.counts(),
         {name: board.entries[name].message for name in board.names("failed")},
         f"{again} --retry",
-        _report(asked.out, board),
+        page,
+        unreported,
     )
 
 
@@ -113,10 +118,27 @@ def _board(asked: Sweep, *, retry: bool, screen: bool) -> Board:
     else:
         assert asked.search is not None
         board = Board(asked.out, [], asked.search.samples, screen=screen)
-        for row in read_trials(asked.out):
-            board.add(asked.make(row["chosen"]))
+        for trial in _begun(asked):
+            board.add(trial)
     board.recall(retry=retry)
     return board
+
+
+def _begun(asked: Sweep) -> list[Trial]:
+    """What Optuna has chosen so far. Refuses what it could not choose in the file's space."""
+    chosen = {row["trial"]: row["chosen"] for row in read_trials(asked.out)}
+    space = {".".join(path): each for path, each in asked.space.items()}
+    for name, values in chosen.items():
+        odd = sorted(space.keys() ^ values.keys())
+        odd += [f for f, value in values.items() if f in space and not space[f].holds(value)]
+        if odd:
+            said = f"`{odd[0]}` {values[odd[0]]!r}" if odd[0] in values else f"no `{odd[0]}`"
+            asked.file.refuse(
+                ("search", "space"),
+                f"{asked.out / name} was begun with {said}, which the space does not hold; resume "
+                "with the space that the sweep began with.",
+            )
+    return [asked.make(values) for values in chosen.values()]
 
 
 def _engine(asked: Sweep) -> Any:
@@ -165,13 +187,19 @@ def _check_same(trial: Trial, folder: Path) -> None:
             raise UsageError(f"{folder} was begun with other {name}: {said}.")
 
 
-def _report(folder: Path, board: Board) -> Path | None:
-    """Compare the runs that are done; others were evaluated too early to be compared with them."""
+def _report(folder: Path, board: Board) -> tuple[Path | None, str]:
+    """Compare the runs that are done; others were evaluated too early to be compared with them.
+
+    The page, or why there is none: what has been trained is not lost for the want of a page.
+    """
     runs = [folder / name for name in board.names("done")]
     if not runs:
-        return None
+        return None, ""
     from qscore.report import report  # Matplotlib takes a second, which not every command has
 
     out = folder / "report.html"
-    report(runs, out, films=False)
-    return out
+    try:
+        report(runs, out, films=False)
+    except (UsageError, OSError) as error:
+        return None, str(error)
+    return out, ""

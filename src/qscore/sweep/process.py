@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from qscore.errors import UsageError
 from qscore.folder import Run
 
 State = Literal["running", "done", "failed", "stopped", "lost"]
@@ -55,7 +56,8 @@ class Attempt:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **(environ or {})},
+                # it finds the modules that this process does: those of tasks of one's own
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(_paths()), **(environ or {})},
                 start_new_session=True,  # Ctrl-C is for the sweep, which stops its trials
             )
 
@@ -103,6 +105,11 @@ class Attempt:
         self.process.wait()
 
 
+def _paths() -> list[str]:
+    """Where this process looks for modules."""
+    return [os.path.abspath(path) for path in sys.path]
+
+
 def last_evaluation(folder: Path) -> Evaluation | None:
     """The last evaluation that all seeds of a run have had; None before the first."""
     run = Run.open(folder)
@@ -141,6 +148,8 @@ def carry_out(
         try:
             while (news := wait(attempt, stopping)) is not None:
                 report(news)
+        except UsageError as error:  # its files are not what a run writes
+            return "failed", str(error)
         finally:
             attempt.stop()
         if (state := attempt.state()) in ("done", "stopped"):

@@ -157,6 +157,12 @@ class Dimension:
         """Whether the values of a range are whole numbers, as both its ends are."""
         return isinstance(self.low, int) and isinstance(self.high, int)
 
+    def holds(self, value: Any) -> bool:
+        """Whether a value is one of these."""
+        if self.low is None or self.high is None:
+            return value in self.choices
+        return isinstance(value, (int, float)) and self.low <= value <= self.high
+
     @property
     def ends(self) -> tuple[Any, ...]:
         """The values beyond which there are none; every choice is one."""
