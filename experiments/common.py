@@ -37,6 +37,9 @@ from qscore.statistics import bootstrap_interval, interquartile_mean
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
 
+COMMITS = ".commits"
+"""Ending of the file beside a run that has a line for every start: the commit of the code."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -78,27 +81,32 @@ def places(args: argparse.Namespace) -> tuple[Path, Path]:
 
 
 def train(jobs: Sequence[Job], runs: Path) -> bool:
-    """Train or resume every job that no other process is at. False while some are unfinished.
+    """Train or resume every job that no other process is at. False while others are at some.
 
     A run that diverges stays where it stopped, and is named on standard error.
     """
-    unfinished = []
-    for job in jobs:
-        folder = job.folder(runs)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(folder.with_suffix(".lock"), "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                unfinished.append(job)
-                continue
-            if (folder / "summary.json").is_file():
-                continue
+    held = [job for job in jobs if not _attempt(job, runs)]
+    # by now they may have ended without a summary: diverged, or killed
+    return not [job for job in held if not _attempt(job, runs)]
+
+
+def _attempt(job: Job, runs: Path) -> bool:
+    """Train or resume a job, unless that is done. False where another process is at it."""
+    folder = job.folder(runs)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        if not (folder / "summary.json").is_file():
+            with open(folder.with_suffix(COMMITS), "a") as file:
+                file.write(f"{commit()}\n")
             try:
                 _train(job, folder)
             except qs.TrainingDiverged as error:
                 print(f"{folder}: {error}", file=sys.stderr)
-    return all((job.folder(runs) / "summary.json").is_file() for job in unfinished)
+    return True
 
 
 def _train(job: Job, folder: Path) -> None:
@@ -150,18 +158,19 @@ def curves(found: Panel) -> Figure:
 
 
 def save(args: argparse.Namespace, results: dict[str, Any], figure: Figure | None = None) -> Path:
-    """Write the JSON file, with the command, the commit and the machine; and the picture.
+    """Write the JSON file, with the command, the commits and the machine; and the picture.
 
     The picture of the full settings goes to where the documentation shows it, others beside the
     file.
     """
-    _, out = places(args)
+    runs, out = places(args)
     out.parent.mkdir(parents=True, exist_ok=True)
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
     about = {
         "experiment": args.name,
         "command": shlex.join(["python", f"experiments/{words[0]}", *words[1:]]),
         "commit": commit(),
+        "trained_at": trained_at(runs),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "quick": args.quick,
     }
@@ -170,6 +179,12 @@ def save(args: argparse.Namespace, results: dict[str, Any], figure: Figure | Non
         shown = ROOT / "docs" / "assets" / f"{args.name}.png"
         figure.savefig(shown if out.parent == RESULTS else out.with_suffix(".png"), dpi=150)
     return out
+
+
+def trained_at(runs: Path) -> list[str]:
+    """The commits that the runs in a folder were trained at, where that is on record."""
+    files = [file.read_text() for file in runs.rglob(f"*{COMMITS}")] if runs.is_dir() else []
+    return sorted({commit for file in files for commit in file.split()})
 
 
 def commit() -> str:

@@ -13,6 +13,7 @@ training, which the CQSM paper is about.
 """
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from common import Job, arguments, curves, figures, panel, places, save, train
@@ -20,6 +21,9 @@ from common import Job, arguments, curves, figures, panel, places, save, train
 import qscore as qs
 from qscore.panel import EARLY, Method, Task
 from qscore.statistics import interquartile_mean
+
+SEEDS = [0, 1, 2]
+"""Unless others are asked for."""
 
 PANELS: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     # panel: (steps of every task, algorithms)
@@ -70,6 +74,21 @@ def jobs(name: str, args: argparse.Namespace) -> list[Job]:
     return found
 
 
+def everything(name: str, asked: list[Job], runs: Path) -> list[Job]:
+    """Every run that the results hold or miss: of the whole panel, and what was asked for beyond.
+
+    An asked part of the panel leaves what is there of the rest in the results.
+    """
+    plain = argparse.Namespace(tasks=None, algorithms=None, quick=False)
+    known = {int(path.name.removeprefix("seed-")) for path in runs.glob("*/*/seed-*[0-9]")}
+    plain.seeds = sorted(known.union(SEEDS, (job.seed for job in asked)))
+    return [
+        job
+        for job in jobs(name, plain)
+        if job.seed in SEEDS or job in asked or job.folder(runs).is_dir()
+    ]
+
+
 def row(task: Task, method: Method) -> dict[str, Any]:
     """The figures of one method on one task."""
     early = task.mean_over(method, EARLY)
@@ -111,13 +130,14 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"no task {sorted(unknown)[0]!r} in {args.panel}: {', '.join(tasks)}")
     if args.quick:
         args.tasks = args.tasks or list(tasks)[:1]
-    args.seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
+    args.seeds = args.seeds or ([0] if args.quick else SEEDS)
     runs, _ = places(args)
-    todo = jobs(args.panel, args)
+    asked = jobs(args.panel, args)
     if not args.table:
-        train(todo, runs)
-    finished = [job for job in todo if (job.folder(runs) / "summary.json").is_file()]
-    missing = [f"{job.name}, seed {job.seed}" for job in todo if job not in finished]
+        train(asked, runs)
+    whole = asked if args.quick else everything(args.panel, asked, runs)
+    finished = [job for job in whole if (job.folder(runs) / "summary.json").is_file()]
+    missing = [f"{job.name}, seed {job.seed}" for job in whole if job not in finished]
     if not finished:
         parser.error(f"no run in {runs} has finished")
     found = panel(finished, runs)

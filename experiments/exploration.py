@@ -19,7 +19,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from common import arguments, places, save
+from common import arguments, commit, places, save
 from matplotlib.figure import Figure
 
 import qscore as qs
@@ -127,9 +127,12 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def read(out: Path) -> dict[str, Any]:
-    """The runs that are known already."""
-    return json.loads(out.read_text())["algorithms"] if out.is_file() else {}
+def read(out: Path) -> tuple[dict[str, Any], list[str]]:
+    """The runs that are known already, and the commits that they were trained at."""
+    if not out.is_file():
+        return {}, []
+    known = json.loads(out.read_text())
+    return known["algorithms"], known.get("trained_at") or [known["commit"]]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -140,14 +143,17 @@ def main(argv: list[str] | None = None) -> None:
     fields: dict[str, Any] = {"warmup_steps": 1_000}
     if args.quick:
         fields = {"warmup_steps": 500, "hidden": (32, 32), "batch_size": 64}
-    results = read(places(args)[1])
+    results, commits = read(places(args)[1])
     for name, (kind, own) in ALGORITHMS.items():
         for seed in range(seeds):
             if str(seed) not in results.setdefault(name, {}):
+                commits = sorted({*commits, commit()})
                 results[name][str(seed)] = learn(kind(**own, **fields), seed, steps, every)
-                save(args, {"steps": steps, "algorithms": results}, picture(results))
+                kept = {"trained_at": commits, "steps": steps, "algorithms": results}
+                save(args, kept, picture(results))
     print(table(results))
-    save(args, {"steps": steps, "algorithms": results}, picture(results))
+    kept = {"trained_at": commits, "steps": steps, "algorithms": results}
+    save(args, kept, picture(results))
 
 
 if __name__ == "__main__":

@@ -71,6 +71,38 @@ def test_runs_are_shared_and_taken_up_where_they_stopped(load, tmp_path, capsys)
     assert (jobs[1].folder(tmp_path) / "metrics.jsonl").read_text() == before
 
 
+def test_a_run_that_another_process_gave_up_is_no_reason_to_wait(load, tmp_path, monkeypatch):
+    common = load("common")
+    jobs = [common.Job("task/td3", qs.TD3(), qs.Host("Pendulum-v1"), 100, 0, 50) for _ in "ab"]
+    left = [BlockingIOError(), None, None]  # held at first; then it is free
+
+    def flock(file, operation):
+        if error := left.pop(0):
+            raise error
+
+    def diverging(job, folder):
+        raise qs.TrainingDiverged("not finite")
+
+    monkeypatch.setattr(common.fcntl, "flock", flock)
+    monkeypatch.setattr(common, "_train", diverging)
+    assert common.train(jobs, tmp_path)
+    assert common.trained_at(tmp_path) == [common.commit()]
+
+
+def test_an_asked_part_of_a_panel_leaves_the_rest_in_its_results(load, tmp_path):
+    panels = load("control_panels")
+    asked = panels.argparse.Namespace(
+        tasks=["HalfCheetah-v5"], algorithms=None, seeds=[3], quick=False
+    )
+    (tmp_path / "Hopper-v5" / "td3" / "seed-4").mkdir(parents=True)
+    (tmp_path / "Hopper-v5" / "td3" / "seed-4.lock").touch()
+    found = panels.everything("mujoco", panels.jobs("mujoco", asked), tmp_path)
+    names = {(job.environment.id, job.name.split("/")[1], job.seed) for job in found}
+    assert len(found) == len(names) == 4 * 5 * 3 + 5 + 1
+    assert ("HalfCheetah-v5", "cqsm", 3) in names and ("Hopper-v5", "td3", 4) in names
+    assert ("Swimmer-v5", "cqsm", 2) in names and ("Swimmer-v5", "cqsm", 3) not in names
+
+
 def test_quick_results_never_lie_where_the_full_ones_do(load):
     common = load("common")
     parse = common.arguments("", "name").parse_args
