@@ -406,6 +406,17 @@ def test_the_table_of_an_experiment_is_its_results(path, monkeypatch):
     assert f"../assets/{path.stem}.png" in page
 
 
+def test_the_errors_against_the_closed_form_are_the_committed_results():
+    rows = table(DOCS / "algorithms" / "cqsm.md", "problem and critic", "return gap")
+    names = ("", "-network", "-steep", "-3x2", "-network-3x2", "-4x2", "-barely", "-barely-wide")
+    for row, name in zip(rows, names, strict=True):
+        summary = ROOT / "benchmarks" / "results" / f"lq{name}" / "summary.json"
+        found = json.loads(summary.read_text())["lq"]
+        for title, key in (("Q", "q"), ("grad_a Q", "grad_a_q"), ("score", "score")):
+            assert row[title] == " ".join(f"{value:.2%}" for value in found["relative_error"][key])
+        assert row["return gap"] == " ".join(f"{value:.3%}" for value in found["return_gap"])
+
+
 def test_the_tables_of_the_readme_are_the_committed_results():
     readme = ROOT / "README.md"
     rows = list(table(readme, "seeds", "interquartile mean"))
