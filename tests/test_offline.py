@@ -196,6 +196,8 @@ def test_nothing_to_earn_is_a_value_of_zero(recorded):
     nothing = eqx.tree_at(lambda d: d.reward, recorded, jnp.zeros_like(recorded.reward))
     found = offline.improve(ALGORITHM, FINITE.spec, nothing)
     assert found.changes == (0.0,) and not np.any(theta(found.agent))
+    away = offline.improve(ALGORITHM, FINITE.spec, nothing, start=linear(*TARGET))
+    assert away.changes[-1] < offline.CONVERGED and np.isfinite(away.changes).all()
     sums = martingale.PathSums(jnp.eye(2), jnp.zeros(2), jnp.zeros((2, 2)))
     point = martingale.off_policy_fixed_point(sums, rounds=3)
     assert not np.any(point.changes) and not np.any(point.theta)

@@ -7,6 +7,7 @@ A checkpoint is written to a temporary folder, flushed to the disk and renamed, 
 a run dies at, each folder with a number for a name is complete.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -58,7 +59,8 @@ def save(
         _sync_folder(folder)
         shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            clean(folder)
         raise
     for old in steps(folder)[:-keep]:
         shutil.rmtree(folder / str(old))

@@ -344,6 +344,12 @@ class FixedPoint(NamedTuple):
     changes: Float[Array, " rounds"]
 
 
+def relative_change(apart: Float[Array, ""], new: Float[Array, ""]) -> Float[Array, ""]:
+    """(apart / new)^(1/2) of two squared sizes; 0 for no change at all, 1 for one to zero."""
+    ratio = jnp.where(new == 0.0, 1.0, apart / jnp.where(new == 0.0, 1.0, new))
+    return jnp.where(apart == 0.0, 0.0, jnp.sqrt(ratio))
+
+
 def off_policy_fixed_point(sums: PathSums, *, rounds: int, ridge: float = 1e-6) -> FixedPoint:
     """Regress, correct the regressand with the Q found, regress again: `rounds` regressions.
 
@@ -359,7 +365,7 @@ def off_policy_fixed_point(sums: PathSums, *, rounds: int, ridge: float = 1e-6) 
         target = unit * (sums.gain + sums.shift @ theta)
         new = unit * jax.scipy.linalg.cho_solve(factor, target)
         apart, size = ((v @ sums.gram @ v) for v in (new - theta, new))
-        return new, jnp.where(apart == 0.0, 0.0, jnp.sqrt(apart / size))
+        return new, relative_change(apart, size)
 
     theta, changes = jax.lax.scan(regress, jnp.zeros_like(unit), None, length=rounds)
     return FixedPoint(theta, changes)

@@ -16,7 +16,6 @@ Improving is policy iteration: evaluate, take the greedy score grad_a Q / lambda
 the same data.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -157,8 +156,9 @@ def improve(
         found = data.evaluate(psi, FIXED_POINT_ROUNDS, margin=margin)
         agents.append(data.agent(found.theta))
         new = data.greedy(agents[-1])
-        apart, size = float(jnp.sum((new - psi) ** 2)), float(jnp.sum(new**2))
-        changes.append(math.sqrt(apart / size) if apart else 0.0)
+        changes.append(
+            float(martingale.relative_change(jnp.sum((new - psi) ** 2), jnp.sum(new**2)))
+        )
         growth.append(found.growth)
         psi = new
         # the rate is raised by caution, and not because the score is inadmissible
