@@ -225,6 +225,30 @@ def test_sampler_keeps_the_weights_of_two_modes(name, variance):
     assert abs(samples.var() / var - 1.0) < 0.05
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("vp", (0.25, 0.04, 0.001)), ("cosine", (0.11, 0.01, 0.0001))]
+)
+def test_few_levels_blur_narrow_modes_as_the_page_of_diffusion_ql_says(name, said):
+    centres, spread = jnp.array([-0.7, 0.7]), 0.05
+    for levels, share in zip((5, 10, 20), said, strict=True):
+        schedule = SCHEDULES[name](levels)
+
+        def denoiser(noised, level, schedule=schedule):
+            alpha, sigma = schedule.alpha[level], schedule.sigma[level]
+            variance = (alpha * spread) ** 2 + sigma**2
+            each = centres + alpha * spread**2 / variance * (noised - alpha * centres)
+            logits = -0.5 * (noised - alpha * centres) ** 2 / variance
+            return jnp.sum(jax.nn.softmax(logits) * each, keepdims=True)
+
+        def one(key, schedule=schedule, denoiser=denoiser):
+            noise = jr.normal(key, (schedule.levels, 1))
+            return diffusion.sample(denoiser, schedule, noise)[0]
+
+        found = np.asarray(quick_jit(jax.vmap(one))(jr.split(jr.key(0), 200_000)))
+        between = float(np.mean(np.abs(found) < 0.4))
+        assert between == pytest.approx(share, rel=0.1, abs=0.5 * 10.0 ** np.floor(np.log10(share)))
+
+
 def test_chain_without_noise_is_the_mean_of_the_noisy_chain():
     # the denoiser is linear, and so is every step
     schedule = SCHEDULES["cosine"](10)

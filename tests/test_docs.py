@@ -11,6 +11,7 @@ import shlex
 import sys
 import types
 from collections.abc import Iterator
+from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -25,6 +26,7 @@ from helpers import fast_compilation
 import qscore as qs
 from qscore import cli, datasets, replay
 from qscore.config import Range
+from qscore.environments import ENVIRONMENTS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -264,6 +266,45 @@ def test_the_table_of_a_configuration_has_every_field(kind, page, prefix):
         assert row["flag"] == prefix + field.name.replace("_", "-")
         assert row["default"] == str(field.default), field.name
         assert row["range"] == limits(kind, field.name), field.name
+
+
+def test_the_tables_of_environments_in_jax_have_every_field():
+    page = DOCS / "environments" / "sde.md"
+    common = {row["common field"]: row for row in table(page, "common field", "range")}
+    own = {(row["environment"], row["own field"]): row for row in table(page, "own field", "range")}
+    for name, kind in ENVIRONMENTS.items():
+        for field in dataclasses.fields(kind):
+            if field.name == "id":
+                continue
+            row = common.get(field.name) or own.pop((name, field.name))
+            default = row[name] if field.name in common else row["default"]
+            if field.default is None:
+                assert default == "None"
+            elif field.name != "problem":
+                assert float(Fraction(default)) == field.default, (name, field.name)
+            assert row["range"] == limits(kind, field.name), (name, field.name)
+            assert row["meaning"]
+    assert not own
+
+
+def test_the_errors_against_the_control_step_are_the_committed_results():
+    result = json.loads((ROOT / "benchmarks" / "results" / "dt-robustness.json").read_text())
+    rows = list(table(DOCS / "algorithms" / "cqsm.md", "learner", "ratio of means, last to first"))
+    assert [row["learner"] for row in rows[:3]] == list(result["errors"])
+    for row in rows[:3]:
+        for step, seeds in result["errors"][row["learner"]].items():
+            errors = [seeds[seed]["error"] for seed in sorted(seeds, key=int)]
+            assert row[step] == " ".join(f"{100 * error:.1f}" for error in errors)
+        ratio = result["summary"][row["learner"]]["ratio"]
+        assert row["ratio of means, last to first"] == f"{ratio:.2f}"
+    for row in rows[3:]:
+        name = row["learner"].removeprefix("rms of ")
+        for step, size in result["gradient_rms"][name].items():
+            assert row[step] == f"{size:.4f}"
+    first, _, third, last = result["summary"]["q"]["mean"].values()
+    theory = " ".join((DOCS / "theory.md").read_text().split())
+    said = f"from {first:.1%} to {third:.1%} down to 0.01 seconds and no further, {last:.1%} at 0.0"
+    assert said in theory
 
 
 def test_the_table_of_metrics_is_what_qsm_reports():

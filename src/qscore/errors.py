@@ -10,11 +10,11 @@ class RunStopped(RuntimeError):
 
 
 class TrainingDiverged(RunStopped):
-    """A number that is not finite: exit code 3."""
+    """A number that is not finite, or a critic beyond all returns: exit code 3."""
 
 
 class Interrupted(RunStopped):
-    """A signal asked the run to stop; it wrote a checkpoint first: exit code 130."""
+    """A signal asked the run to stop; if it had begun, it wrote a checkpoint: exit code 130."""
 
 
 def how_to_install(extra: str) -> str:

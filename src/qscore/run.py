@@ -77,7 +77,8 @@ def train(
 
     With a `dataset`, for `steps` gradient steps on it and then `online_steps` in the environment.
 
-    The same as `qscore train`; see `Settings` for the arguments. Raises `UsageError` for a request
+    As `qscore train`, which on some tasks has other defaults for `steps` and the preset; see
+    `Settings` for the arguments. Raises `UsageError` for a request
     that cannot be carried out, before anything is written, and `RunStopped` for a run that ends
     early.
     """

@@ -260,8 +260,8 @@ class CQSM:
     """Euler-Maruyama steps of the action process per control step, in [1, 100]. Features learn as
     with one, and only act in more."""
     test_function: Literal["gradient", "weighted"] = preset_field()
-    """xi: the critic's parameter gradient, or that over the increment's conditional variance, which
-    is a regression of dM^2 / dt on quadratic features."""
+    """xi: the critic's parameter gradient, or that over the increment's conditional variance, from
+    a regression on quadratic features: of dx dx' / dt for features, of dM^2 / dt for networks."""
     control_variate: bool = True
     """Take the simulated action noise's known effect off dM: for features all of it, for networks
     with one inner step the first order; with more inner steps networks do without."""
