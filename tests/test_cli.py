@@ -52,8 +52,8 @@ BAD = {
     "train qsmm Pendulum-v1": "'qsmm'; the closest is 'qsm'. Known: cqsm, diffusion_ql, qsm, sac, ",
     "train qsm Pendulun-v1": "unknown environment 'Pendulun-v1'. The closest are Pendulum-v1",
     "train qsm CartPole-v1": "has the action space Discrete(2)",
-    "train qsm Pendulum-v1 --steps -5": "`steps` must lie in [1, inf), got -5",
-    "train qsm Pendulum-v1 --steps 0": "`steps` must lie in [1, inf), got 0",
+    "train qsm Pendulum-v1 --steps -5": "`steps` must lie in [1, 2e+09], got -5",
+    "train qsm Pendulum-v1 --steps 0": "`steps` must lie in [1, 2e+09], got 0",
     "train qsm Pendulum-v1 --steps ten": "Error parsing --steps: 'ten' is not a whole number",
     "train qsm Pendulum --steps 10": "names no version, so it may be another task one day. Today",
     "train qsm Pendulum-v1 --step 10": "(closest: --steps INT, ",
@@ -65,9 +65,10 @@ BAD = {
     "train qsm Pendulum-v1 --algorithm.preset best": "one of ('default', 'official', 'offline')",
     "train qsm Pendulum-v1 --environment.dt 0.02": "can only be its own, 0.05 s; got 0.02",
     "train qsm Pendulum-v1 --environment.num-envs 0": "`num_envs` must lie in [1, 4096], got 0",
-    f"train qsm Pendulum-v1 --steps {10**12} --algorithm.replay-capacity {10**12}": (
-        "take 38184.2 GiB (1 x 1000000000000 transitions of 41 bytes), and as much again"
+    f"train qsm Pendulum-v1 --steps {10**9} --seeds 1000 --algorithm.replay-capacity {10**9}": (
+        "take 38184.2 GiB (1000 x 1000000000 transitions of 41 bytes), and as much again"
     ),
+    f"train qsm Pendulum-v1 --steps {10**10}": "`steps` must lie in [1, 2e+09], got 10000000000",
     "resume nowhere": "nowhere is not a run folder: there is no such folder",
     "resume .": "is not a run folder: it has no config.json",
     "eval nowhere": "nowhere is not a run folder",

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import textwrap
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import equinox as eqx
 import jax
@@ -19,7 +19,7 @@ import pytest
 from helpers import assert_close, quick_jit
 
 from qscore import ALGORITHMS, ENVIRONMENTS, Host, Run, Settings, Spec, Transition, checkpoint
-from qscore.config import Range
+from qscore.config import Range, validate
 from qscore.normalize import Moments
 from qscore.train import init_runner, train_chunk
 
@@ -355,6 +355,22 @@ def test_out_of_range_is_refused_by_name(kind, rule):
         message = f"`{rule.name}` must lie in {rule.bounds}, got {value!r}."
         with pytest.raises(ValueError, match=re.escape(message)):
             build(kind, **{rule.name: value})
+
+
+def test_a_whole_number_in_a_real_field_is_real():
+    @dataclasses.dataclass(frozen=True)
+    class Plain:
+        rate: Annotated[float, Range(0)] = 0.5
+        maybe: float | None = None
+        count: int = 1
+
+        def __post_init__(self):
+            validate(self)
+
+    made = Plain(1, 2, 3)
+    assert [type(value) for value in vars(made).values()] == [float, float, int]
+    with pytest.raises(ValueError, match="`rate` must be finite, got 1000"):
+        Plain(10**400)
 
 
 @pytest.mark.parametrize(("kind", "rule"), fields_of(lambda rule: rule.kind is float))

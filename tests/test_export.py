@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import gymnasium as gym
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -220,6 +221,7 @@ EXAMPLES = {
         qs.Host("dm_control/pendulum-swingup-v0", max_episode_steps=5),
         "gym.register_envs(shimmy)",
     ),
+    "Pendulum-v1": (qs.Host("Pendulum-v1"), 'env = gym.make("Pendulum-v1")\n'),
     "another step": (qs.Host("InvertedPendulum-v5", dt=0.08), "InvertedPendulum-v5, dt=0.08"),
 }
 
@@ -241,12 +243,40 @@ def test_the_example_of_a_card_is_of_the_task_that_was_trained_on(name, tmp_path
         f"        return np.zeros({task.spec.action_size}), carry\n"
     )
     task.close()
-    example = sys.modules["qscore.export"]._example(run, task.spec.obs_size)  # pyright: ignore
+    example = sys.modules["qscore.export"]._example(run, task)  # pyright: ignore
     assert part in example
     done = subprocess.run(
         [sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_policy_trained_with_the_best_of_several_is_exported_as_it_is_evaluated(tmp_path):
+    run = Run(tmp_path, qs.QSM(**SMALL, best_of=4), qs.Host("Pendulum-v1"), qs.Settings(), {})
+    task, export = run.environment.open(), sys.modules["qscore.export"]
+    agent = run.algorithm.init(task.spec, key=jr.key(0))
+    function = export._flat(run, task, agent)  # pyright: ignore
+    code = export._translate(function, task.spec.obs_size, [])  # pyright: ignore
+    obs, key = np.array([0.6, 0.8, -1.0], np.float32), jr.key(3)
+    _, drawn = evaluate(function, [obs], key=key)
+    (found,) = run_code(code, [("obs", obs)], [drawn[place] for place in code.kept])
+    single = qs.QSM(**SMALL)
+    expected, _ = single.act(agent, (), jnp.asarray(obs), key=key, explore=False)
+    assert_close(found, np.asarray(expected))
+    task.close()
+
+
+def test_an_example_flattens_what_is_no_vector_and_has_the_limit_of_a_task_without(tmp_path):
+    class Endless(gym.Env):
+        observation_space = gym.spaces.Box(-1.0, 1.0, (2, 2), np.float32)
+        action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    gym.register("Grid-v0", lambda **_: Endless(), disable_env_checker=True)
+    run = Run(tmp_path, qs.TD3(), qs.Host("Grid-v0"), qs.Settings(), {})
+    example = sys.modules["qscore.export"]._example(run, run.environment.open())  # pyright: ignore
+    del gym.registry["Grid-v0"]
+    made = 'gym.wrappers.FlattenObservation(gym.make("Grid-v0", max_episode_steps=1000))'
+    assert f"env = {made}" in example
 
 
 @pytest.mark.slow

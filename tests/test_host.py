@@ -1,10 +1,12 @@
 """Host environments: scaling, flattening, time limits, control steps, and clear refusals."""
 
+from typing import ClassVar
+
 import gymnasium as gym
 import numpy as np
 import pytest
 
-from qscore.environments import environment_class
+from qscore.environments import EnvironmentFailure, environment_class
 from qscore.environments.host import Host, known_ids
 
 
@@ -125,6 +127,9 @@ def test_what_is_not_there_or_not_continuous_is_refused():
         _registered("Flat-v0", gym.spaces.Discrete(16), gym.spaces.Box(-1.0, 1.0, (1,)))
     with pytest.raises(ValueError, match="has unbounded actions"):
         _registered("Free-v0", gym.spaces.Box(-1.0, 1.0, (1,)), gym.spaces.Box(-np.inf, 1.0, (1,)))
+    with pytest.raises(ValueError, match="has an action component with nothing to choose"):
+        still = gym.spaces.Box(np.array([-1.0, 0.5]), np.array([1.0, 0.5]))
+        _registered("Still-v0", gym.spaces.Box(-1.0, 1.0, (1,)), still)
     with pytest.raises(ValueError, match="cannot make 'Broken-v0': ZeroDivisionError: at birth"):
         _registered("Broken-v0", None, None)
 
@@ -160,6 +165,40 @@ def test_every_known_id_is_an_environment_of_the_host():
     assert {"Pendulum-v1", "HalfCheetah-v5", "dm_control/cartpole-swingup-v0"} <= set(ids)
     assert "HalfCheetah-v4" not in ids  # the newest version only
     assert environment_class("Pendulum-v1") is Host
+
+
+@pytest.mark.parametrize(
+    ("reward", "obs", "message"),
+    [
+        (np.array([2.0]), [0.5], None),
+        (np.zeros(2), [0.5], "returned the reward array.*; it must be one number"),
+        ("much", [0.5], "returned the reward 'much'; it must be one number"),
+        (1.0, ["much"], "returned an observation that is no array of numbers|raised in step"),
+    ],
+)
+def test_what_a_step_returns_is_checked(reward, obs, message):
+    class Odd(gym.Env):
+        observation_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
+        action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
+        metadata: ClassVar = {"render_modes": [], "render_fps": None}
+
+        def reset(self, *, seed=None, options=None):
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            return obs, reward, False, False, {}
+
+    gym.register("Odd-v0", lambda **_: Odd(), disable_env_checker=True)
+    task = Host("Odd-v0").open()
+    task.reset(0)
+    try:
+        if message is None:
+            assert task.step(np.zeros(1)).reward == 2.0 and task.spec.dt == 1.0
+        else:
+            with pytest.raises(EnvironmentFailure, match=message):
+                task.step(np.zeros(1))
+    finally:
+        del gym.registry["Odd-v0"]
 
 
 def test_every_task_has_a_time_limit():

@@ -18,7 +18,7 @@ from helpers import assert_close
 from numpy.polynomial import hermite_e, legendre
 
 import qscore as qs
-from qscore import cli
+from qscore import cli, lq, riccati
 from qscore.lq import Problem, Solution, Terminal, Unsolvable, evaluate, solve
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "lq"
@@ -688,6 +688,26 @@ def test_problems_survive_json(name):
     assert again.to_json() == problem.to_json()
     np.testing.assert_array_equal(solve(again).P, solve(problem).P)
     assert Problem.from_json(json.loads(problem.to_json())).to_json() == problem.to_json()
+
+
+@pytest.mark.parametrize(
+    ("score_cost", "discount_rate", "r0", "sigma_a"),
+    [(1e-3, 0.01, 1e6, 0.1), (0.3, 0.01, 1e6, 0.0), (1e-3, 1e-3, 1e4, 0.0), (1e-5, 0.01, 1e4, 0.1)],
+)
+def test_a_constant_reward_changes_no_score(score_cost, discount_rate, r0, sigma_a):
+    fields = {
+        **{"A": [[-1.0]], "B": [[1.0]], "M": [[1.0, 0.0], [0.0, 0.1]], "sigma_a": sigma_a},
+        **{"score_cost": score_cost, "discount_rate": discount_rate},
+    }
+    plain, paid = lq.solve(lq.Problem(**fields)), lq.solve(lq.Problem(**fields, r0=r0))
+    np.testing.assert_allclose(paid.K, plain.K, rtol=1e-9)
+    assert paid.c - plain.c == pytest.approx(r0 / discount_rate, rel=1e-9)
+
+
+def test_what_is_only_half_solved_is_refused(monkeypatch):
+    monkeypatch.setattr(riccati, "optimize", riccati.evaluate)  # of the first admissible gain
+    with pytest.raises(lq.Unsolvable, match="the equation is only solved to .* of its terms"):
+        lq.solve(make())
 
 
 def test_what_is_left_out_is_zero_and_asymmetry_does_not_matter():

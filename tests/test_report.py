@@ -24,7 +24,7 @@ from qscore import cli, plots, statistics
 from qscore.environments import LQ, DoubleWell
 from qscore.errors import UsageError
 from qscore.folder import Run, Settings, installed_versions
-from qscore.panel import arrange, read_panel
+from qscore.panel import _labels, arrange, read_panel
 from qscore.report import report
 
 report_module = importlib.import_module("qscore.report")
@@ -108,6 +108,13 @@ def test_labels_say_what_distinguishes_methods_and_tasks(tmp_path):
     assert [task.methods[0].name for task in panel.tasks[1:]] == ["td3", "td3, num_envs=2"]
     assert "Pendulum-v1 is there in unlike forms, which are tasks of their own." in panel.notes
     assert len({plots.color(panel, name) for name in panel.names}) == 5
+
+
+def test_numbers_of_labels_count_settings_and_not_folders():
+    one, other = {"problem": "a" * 40}, {"problem": "a" * 41}
+    labels = _labels([("lq", each) for each in (one, other, other, other, one)])
+    cut = "lq, problem=" + "a" * 27 + "..."
+    assert labels == [cut, f"{cut} (2)", f"{cut} (2)", f"{cut} (2)", cut]
 
 
 def test_long_settings_that_are_cut_to_the_same_characters_stay_apart(tmp_path):

@@ -196,6 +196,18 @@ def test_an_episode_has_all_its_steps_and_no_sliver(name, duration, dt, steps):
     assert float(state.time) == pytest.approx(end, rel=1e-6)
 
 
+def test_the_return_of_a_long_episode_is_its_sum():
+    class Even(type(ENVIRONMENTS["double_well"](id="double_well"))):
+        def reward_rate(self, time, x, action):
+            return jnp.ones(())
+
+    environment = Even(id="even", duration=300.0, dt=1e-3)
+    algorithm = qs.TD3(hidden=(4,))
+    agent = algorithm.init(environment.spec, key=jr.key(0))
+    (total,), (steps,) = evaluate_on_device(algorithm, environment, agent, [0], key=jr.key(0))
+    assert steps == 300_000 and total == pytest.approx(300.0, rel=1e-6)
+
+
 def test_recordings_reach_the_end_of_a_horizon_that_is_no_whole_number_of_steps():
     environment = ENVIRONMENTS["portfolio"](id="portfolio", duration=0.104, dt=0.01)
     zero = lambda *inputs: jnp.zeros(1)  # noqa: E731
@@ -315,6 +327,9 @@ def test_a_restored_session_ends_where_the_other_does():
     ],
 )
 def test_impossible_times_are_refused(fields, message):
+    problem = json.loads(RUNAWAY.problem) | {"A": [[0.3]], "terminal": {"T": 1e8}}
+    with pytest.raises(ValueError, match="`duration` must be at most"):
+        ENVIRONMENTS["lq"](id="lq", problem=json.dumps(problem))
     with pytest.raises(ValueError, match=message):
         ENVIRONMENTS["double_well"](id="double_well", **fields)
 

@@ -6,6 +6,7 @@ the checkpoint header and these checks are all made from it.
 
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -62,10 +63,15 @@ def validate(config: Any) -> None:
     """
     hints = get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
-        _check(field.name, getattr(config, field.name), hints[field.name])
+        value = getattr(config, field.name)
+        base = _check(field.name, value, hints[field.name])
+        if base is float and type(value) is int:
+            # equal configurations must make the same arrays: 1 == 1.0
+            object.__setattr__(config, field.name, float(value))
 
 
-def _check(name: str, value: Any, hint: Any) -> None:
+def _check(name: str, value: Any, hint: Any) -> Any:
+    """The type of a field, without None, once its value is one of it and in its range."""
     extras = getattr(hint, "__metadata__", ())
     ranges = [extra for extra in extras if isinstance(extra, Range)]
     base = hint.__origin__ if extras else hint
@@ -73,10 +79,10 @@ def _check(name: str, value: Any, hint: Any) -> None:
         if value not in get_args(base):
             choices = ", ".join(repr(choice) for choice in get_args(base))
             raise ValueError(f"`{name}` must be one of {choices}; got {value!r}.")
-        return
+        return base
     if type(None) in get_args(base):
         if value is None:
-            return
+            return None
         base = next(arg for arg in get_args(base) if arg is not type(None))
     if get_origin(base) is tuple:
         if not isinstance(value, tuple) or not value:
@@ -91,5 +97,6 @@ def _check(name: str, value: Any, hint: Any) -> None:
         for bounds in ranges:
             if item not in bounds:
                 raise ValueError(f"`{name}` must lie in {bounds}, got {value!r}.")
-        if isinstance(item, float) and not math.isfinite(item):
+        if kind is float and not abs(item) <= sys.float_info.max:
             raise ValueError(f"`{name}` must be finite, got {value!r}.")
+    return base

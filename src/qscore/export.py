@@ -28,7 +28,7 @@ from qscore.numpy_code import Code, evaluate, translate
 from qscore.panel import shortened, task_fields
 from qscore.playback import load_agents
 from qscore.statistics import summarize
-from qscore.train_host import Observer, evaluation_policy
+from qscore.train_host import Observer, evaluation_policy, with_best_of
 from qscore.train_host import evaluate as evaluate_policy
 
 CHECKED = 100
@@ -211,7 +211,7 @@ def export(
                 measured = _check(made, run, task, agent, function, carry, code)
                 for name in ("config.json", "evals.jsonl"):
                     shutil.copyfile(run.folder / name, made / name)
-                card = _card(run, seed, steps, returns, code, measured, task.spec.obs_size)
+                card = _card(run, seed, steps, returns, code, measured, task)
                 (made / "README.md").write_text(card, encoding="utf-8")
                 if target.exists():
                     target.rmdir()
@@ -230,13 +230,14 @@ def _title(run: Run) -> str:
 
 
 def _flat(run: Run, task: Episodic, agent: Any) -> Any:
-    """Acting without exploration as a function of (observation, carry's arrays..., key)."""
-    structure = jax.tree.structure(run.algorithm.init_carry(task.spec))
+    """Acting as in evaluation as a function of (observation, carry's arrays..., key)."""
+    algorithm = with_best_of(run.algorithm, 1)
+    structure = jax.tree.structure(algorithm.init_carry(task.spec))
 
     def act(obs, *rest):
         *leaves, key = rest
         carry = jax.tree.unflatten(structure, leaves)
-        action, carry = run.algorithm.act(agent, carry, obs, key=key, explore=False)
+        action, carry = algorithm.act(agent, carry, obs, key=key, explore=False)
         return (action, *jax.tree.leaves(carry))
 
     return act
@@ -316,17 +317,22 @@ def _check(
     }
 
 
-def _example(run: Run, obs_size: int) -> str:
+def _example(run: Run, task: Any) -> str:
     """How the policy is used in its environment; where Gymnasium has none like it, for one step."""
     environment = environment_name(run.environment)
     if environment in ENVIRONMENTS or task_fields(run).keys() - {"max_episode_steps"}:
-        return ACTION.format(obs_size=obs_size, environment=_title(run).partition(" on ")[2])
+        return ACTION.format(
+            obs_size=task.spec.obs_size, environment=_title(run).partition(" on ")[2]
+        )
     limit = getattr(run.environment, "max_episode_steps", None)
+    if limit is None and task.limited:
+        limit = round(task.spec.horizon / task.spec.dt)
     make = f'gym.make("{environment}"{f", max_episode_steps={limit}" if limit else ""})'
-    before = ""
-    if environment.startswith("dm_control/"):  # its observations are dictionaries
-        before = "import shimmy\n\ngym.register_envs(shimmy)\n"
+    if task.flattened:
         make = f"gym.wrappers.FlattenObservation({make})"
+    before = ""
+    if environment.startswith("dm_control/"):
+        before = "import shimmy\n\ngym.register_envs(shimmy)\n"
     return EPISODE.format(before=before, make=make)
 
 
@@ -337,7 +343,7 @@ def _card(
     returns: dict[int, list[float]],
     code: Code,
     measured: dict[str, Any],
-    obs_size: int,
+    task: Episodic,
 ) -> str:
     figures: Any = summarize(list(returns.values()))
     environment = environment_name(run.environment)
@@ -355,7 +361,7 @@ def _card(
         title=_title(run),
         mean=np.mean(returns[seed]),
         spread=np.std(returns[seed]),
-        example=_example(run, obs_size),
+        example=_example(run, task),
         steps=steps,
         counted="steps" if dataset is None else "steps, those on data included",
         episodes=len(returns[seed]),

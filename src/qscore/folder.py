@@ -32,18 +32,22 @@ Rows = dict[int, dict[int, dict[str, Any]]]
 """What a run has written of one kind: seed -> environment steps -> a line."""
 
 
+MOST_STEPS = 2_000_000_000
+"""Of a seed; loops on the device count in 32 bits."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """How long a run is, and what it records. Steps are those of each seed."""
 
-    steps: Annotated[int, Range(1)] = 100_000
-    """Environment steps of each seed, in [1, inf); gradient steps where a data set is given."""
+    steps: Annotated[int, Range(1, MOST_STEPS)] = 100_000
+    """Environment steps of each seed, in [1, 2e+09]; gradient steps where a data set is given."""
     dataset: str | None = None
     """Recorded episodes to learn from instead of the environment: a recording (.npz), a D4RL-style
     file (.hdf5), a Minari folder or id. The environment is then for evaluation."""
-    online_steps: Annotated[int, Range(0)] = 0
+    online_steps: Annotated[int, Range(0, MOST_STEPS)] = 0
     """Environment steps that follow after `steps` on a data set, which stays in the replay, in
-    [0, inf)."""
+    [0, 2e+09]."""
     seeds: Annotated[int, Range(1, 1000)] = 1
     """Independent seeds trained side by side, in [1, 1000]."""
     seed_start: Annotated[int, Range(0, 2_000_000_000)] = 0
@@ -66,6 +70,11 @@ class Settings:
         validate(self)
         if self.online_steps and self.dataset is None:
             raise ValueError("`online_steps` follow after training on a `dataset`; none is given.")
+        if self.total_steps > MOST_STEPS:
+            raise ValueError(
+                f"`steps` and `online_steps` must be at most {MOST_STEPS:g} together, got "
+                f"{self.total_steps}."
+            )
 
     @property
     def offline_steps(self) -> int:

@@ -42,6 +42,9 @@ class Unsolvable(ValueError):
     """A problem, or the evaluation of a score, without an answer; says which condition fails."""
 
 
+LARGEST_RESIDUAL = 1e-6
+"""Of an optimum that is given out."""
+
 TOO_LARGE = "the solution is too large for double precision."
 
 
@@ -276,7 +279,13 @@ def solve(problem: Problem, at: float = 0.0) -> Solution:
         if _indefinite(problem):
             _check_attained(equation.quadratic, P[:-1, :-1])
         gain = equation.gain(P)
-        return _solution(problem, equation, P, gain, equation.residual(P, gain))
+        solution = _solution(problem, equation, P, gain, equation.residual(P, gain))
+        if solution.residual > LARGEST_RESIDUAL:
+            raise Unsolvable(
+                f"the equation is only solved to {solution.residual:.1e} of its terms: the problem "
+                "is too badly scaled for double precision."
+            )
+        return solution
 
 
 def evaluate(

@@ -196,6 +196,8 @@ def _labels(named: list[tuple[str, dict[str, Any]]]) -> list[str]:
                     said.append(short)
         label = full = ", ".join(said)
         identity = _identity(name, settings)
+        if identity in labels.values():
+            continue
         while labels.setdefault(label, identity) != identity:  # cut to the same characters
             label = f"{full} ({1 + sum(each.startswith(full) for each in labels)})"
     by_identity = {identity: label for label, identity in labels.items()}

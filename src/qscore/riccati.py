@@ -188,7 +188,8 @@ def optimize(equation: Equation, K: Gain) -> Matrix:
         if equation.abscissa(K) >= 0.0:
             break
         last, P = P, _newton_step(equation, P, K)
-        change, size = np.linalg.norm(P - last), np.linalg.norm(P)
+        # of the quadratic part, which the others follow: a large constant would hide it
+        change, size = (_parts(equation, part)[0] for part in (P - last, P))
         if change <= 1e-8 * size:
             for _ in range(3):  # quadratic from here on: down to rounding
                 P = _newton_step(equation, P, equation.gain(P))

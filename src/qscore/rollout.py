@@ -216,18 +216,22 @@ def compiled_evaluation(algorithm: Algorithm, environment: SDEEnvironment, episo
         start_key, noise_key = jr.split(reset_key)
 
         def body(inputs):
-            state, carry, total, _ = inputs
+            state, carry, total, lost, _ = inputs
             key = jr.fold_in(jr.fold_in(act_key, state.steps), row)
             action, carry = algorithm.act(
                 agent, carry, environment.observation(state), key=key, explore=False
             )
             key = jr.fold_in(noise_key, state.steps)
             state, out = environment.advance(state, action, key=key)
-            return state, carry, total + out.reward, out.terminated | out.truncated
+            # Kahan's sum: in float32, a long episode would add small rewards to a large return
+            reward = out.reward - lost
+            new = total + reward
+            lost = (new - total) - reward
+            return state, carry, new, lost, out.terminated | out.truncated
 
-        start = (environment.begin(start_key), algorithm.init_carry(spec), 0.0, False)
-        state, _, total, _ = jax.lax.while_loop(
-            lambda inputs: ~inputs[3] & (inputs[0].steps < most), body, start
+        start = (environment.begin(start_key), algorithm.init_carry(spec), 0.0, 0.0, False)
+        state, _, total, _, _ = jax.lax.while_loop(
+            lambda inputs: ~inputs[4] & (inputs[0].steps < most), body, start
         )
         return total, state.steps
 

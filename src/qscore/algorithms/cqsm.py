@@ -320,13 +320,16 @@ class CQSM:
         def first(*values: Any) -> Any:
             return next(value for value in values if value is not None)
 
+        def number(value: float) -> Float[Array, ""]:
+            return jnp.asarray(value, jnp.float32)
+
         noise = first(self.action_noise, spec.action_noise, ACTION_NOISE)
         matrix = jnp.asarray(noise, jnp.float32)
         if matrix.ndim == 0:
             matrix = matrix * jnp.eye(spec.action_size)
         return Constants(
-            discount_rate=jnp.asarray(first(self.discount_rate, spec.discount_rate, DISCOUNT_RATE)),
-            score_cost=jnp.asarray(first(self.score_cost, spec.score_cost, SCORE_COST)),
+            discount_rate=number(first(self.discount_rate, spec.discount_rate, DISCOUNT_RATE)),
+            score_cost=number(first(self.score_cost, spec.score_cost, SCORE_COST)),
             action_noise=matrix,
             dt=jnp.asarray(spec.dt, jnp.float32),
             horizon=jnp.asarray(spec.horizon if spec.horizon else 1.0, jnp.float32),

@@ -77,10 +77,14 @@ class HostTask:
             dt = _control_step(env)
         self._reward_scale = dt / native_dt
         limit = _time_limit(env)
+        self.limited = limit is None
+        """Whether the time limit is ours, for the task has none."""
         if limit is None:
             limit = DEFAULT_LIMIT
             env = gym.wrappers.TimeLimit(env, limit)
         _check_spaces(config.id, env)
+        self.flattened = len(env.observation_space.shape or ()) != 1
+        """Whether its own observations are no vectors."""
         self._action_shape = env.action_space.shape
         space: Any = env.action_space
         self.action_bounds = (space.low.ravel(), space.high.ravel())
@@ -104,7 +108,12 @@ class HostTask:
         """Advance by one control step under an action in [-1, 1]."""
         action = np.asarray(action, np.float32).reshape(self._action_shape)
         obs, reward, terminated, truncated, _ = self._call("step", lambda: self._env.step(action))
-        reward = float(reward) * self._reward_scale  # pyright: ignore[reportArgumentType]
+        try:
+            reward = np.asarray(reward, np.float64).item() * self._reward_scale
+        except (TypeError, ValueError) as error:
+            raise EnvironmentFailure(
+                f"{self.name} returned the reward {reward!r}; it must be one number."
+            ) from error
         if not np.isfinite(reward):
             raise EnvironmentFailure(f"{self.name} returned the reward {reward}.")
         # an episode that ends both ways is over: the state is final
@@ -129,7 +138,12 @@ class HostTask:
             ) from error
 
     def _checked(self, obs: Any) -> np.ndarray:
-        obs = np.asarray(obs, np.float32)
+        try:
+            obs = np.asarray(obs, np.float32)
+        except (TypeError, ValueError) as error:
+            raise EnvironmentFailure(
+                f"{self.name} returned an observation that is no array of numbers: {error}."
+            ) from error
         if not np.isfinite(obs).all():
             bad = np.flatnonzero(~np.isfinite(obs))
             raise EnvironmentFailure(
@@ -228,6 +242,11 @@ def _check_spaces(id: str, env: gym.Env) -> None:
         raise ValueError(
             f"{id!r} has unbounded actions, {action}; they cannot be scaled to [-1, 1]."
         )
+    if (action.low >= action.high).any():
+        raise ValueError(
+            f"{id!r} has an action component with nothing to choose, {action}; its lower bounds "
+            "must be below its upper ones."
+        )
     obs = env.observation_space
     parts = list(obs.spaces.values()) if isinstance(obs, gym.spaces.Dict) else [obs]
     if not all(isinstance(part, gym.spaces.Box) for part in parts):
@@ -248,7 +267,7 @@ def _control_step(env: gym.Env) -> float:
     """The control step in seconds: the task's `dt`, else a frame of its video, else 1."""
     dt: Any = getattr(env.unwrapped, "dt", None)
     if dt is None:
-        return 1.0 / env.metadata.get("render_fps", 1.0)
+        return 1.0 / (env.metadata.get("render_fps") or 1.0)
     return float(dt() if callable(dt) else dt)  # pyright: ignore[reportArgumentType]
 
 

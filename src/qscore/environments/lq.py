@@ -52,6 +52,7 @@ class LQ(SDEEnvironment):
         terminal = self.solved_problem.terminal
         if terminal is not None:
             object.__setattr__(self, "duration", terminal.T)
+            super().__post_init__()  # whose limits hold for it as well
 
     @property
     def solved_problem(self) -> lq.Problem:
