@@ -37,7 +37,10 @@ def observe(moments: Moments, batch: Float[AnyArray, "batch size"]) -> Moments:
 
 
 def standardize(moments: Moments, x: Float[Array, " size"]) -> Float[Array, " size"]:
-    """(x - mean) / std, clipped; gradients pass through inside the bound."""
+    """(x - mean) / std, clipped; gradients pass through inside the bound.
+
+    A millionth is added to the variance, so components that hardly vary come out smaller.
+    """
     unit = (x - moments.mean) * jax.lax.rsqrt(moments.variance + 1e-6)
     return jnp.clip(unit, -BOUND, BOUND)
 
