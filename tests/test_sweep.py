@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -699,7 +700,9 @@ def test_a_sweep_never_writes_into_what_is_there(tmp_path):
     assert os.listdir(tmp_path) == ["s.toml"] and not Path("new").exists()
 
 
-def test_what_a_trial_would_refuse_is_refused_with_its_line(tmp_path):
+def test_what_a_trial_would_refuse_is_refused_with_its_line(tmp_path, monkeypatch):
+    few = types.SimpleNamespace(available=2**20)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: few)
     path = tmp_path / "s.toml"
     head = f'out = "{tmp_path}/out"\nalgorithms = ["td3"]\nenvironments = ["lq"]\n'
     for rest, line, words in (
@@ -710,7 +713,7 @@ def test_what_a_trial_would_refuse_is_refused_with_its_line(tmp_path):
         ),
         ("[environment]\nnum_envs = 2\n[grid]\n'settings.steps' = [3000, 3001]", 7, "`steps` must"),
         (
-            "[settings]\nsteps = 10_000_000_000\n[algorithm]\nreplay_capacity = 10_000_000_000",
+            "[settings]\nsteps = 1_280_000\n[algorithm]\nreplay_capacity = 1_280_000",
             7,
             "the replay buffers take",
         ),
