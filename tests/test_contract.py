@@ -357,6 +357,11 @@ def test_out_of_range_is_refused_by_name(kind, rule):
             build(kind, **{rule.name: value})
 
 
+def test_steps_are_what_32_bits_can_count():
+    with pytest.raises(ValueError, match="must be below 2147483648 together, got 4000000000"):
+        qs.Settings(steps=2 * 10**9, dataset="data", online_steps=2 * 10**9)
+
+
 def test_a_whole_number_in_a_real_field_is_real():
     @dataclasses.dataclass(frozen=True)
     class Plain:

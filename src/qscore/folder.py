@@ -70,9 +70,9 @@ class Settings:
         validate(self)
         if self.online_steps and self.dataset is None:
             raise ValueError("`online_steps` follow after training on a `dataset`; none is given.")
-        if self.total_steps > MOST_STEPS:
+        if self.total_steps >= 2**31:
             raise ValueError(
-                f"`steps` and `online_steps` must be at most {MOST_STEPS:g} together, got "
+                f"`steps` and `online_steps` must be below {2**31} together, got "
                 f"{self.total_steps}."
             )
 
