@@ -257,7 +257,10 @@ def test_saved_agent_acts_the_same(subject, tmp_path):
 CONFIGS = [*ALGORITHMS.values(), *ENVIRONMENTS.values(), Host, Settings]
 GIVEN = {Host: {"id": "Pendulum-v1"}}  # fields without a default
 GIVEN |= {kind: {"id": name} for name, kind in ENVIRONMENTS.items()}
-TOGETHER = {"dt_min": {"dt_max": 1e3}, "dt_max": {"dt_min": 1e-7}}  # one means nothing alone
+TOGETHER = {  # one means nothing alone
+    **{"dt_min": {"dt_max": 1e3}, "dt_max": {"dt_min": 1e-7}},
+    "online_steps": {"dataset": "data.npz"},
+}
 
 
 def build(kind, **given):
@@ -359,7 +362,7 @@ def test_out_of_range_is_refused_by_name(kind, rule):
 
 def test_steps_are_what_32_bits_can_count():
     with pytest.raises(ValueError, match="must be below 2147483648 together, got 4000000000"):
-        qs.Settings(steps=2 * 10**9, dataset="data", online_steps=2 * 10**9)
+        Settings(steps=2 * 10**9, dataset="data", online_steps=2 * 10**9)
 
 
 def test_a_whole_number_in_a_real_field_is_real():
