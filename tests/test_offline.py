@@ -192,8 +192,8 @@ def test_one_round_is_the_improvement_on_an_admissible_start():
     np.testing.assert_array_equal(theta(found.agent), theta(value.agent))
 
 
-def test_nothing_to_earn_is_a_value_of_zero(recorded):
-    nothing = eqx.tree_at(lambda d: d.reward, recorded, jnp.zeros_like(recorded.reward))
+def test_nothing_to_earn_is_a_value_of_zero(small):
+    nothing = eqx.tree_at(lambda d: d.reward, small, jnp.zeros_like(small.reward))
     found = offline.improve(ALGORITHM, FINITE.spec, nothing)
     assert found.changes == (0.0,) and not np.any(theta(found.agent))
     away = offline.improve(ALGORITHM, FINITE.spec, nothing, start=linear(*TARGET))

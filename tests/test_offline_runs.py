@@ -252,7 +252,7 @@ def test_what_cannot_be_learned_from_is_refused_before_anything_is_written(tmp_p
     small = qs.TD3(**SMALL, replay_capacity=99)
     refused("has 100 transitions, more than `algorithm.replay_capacity`, 99", algorithm=small)
     refused("`online_steps` follow after training on a `dataset`", None, online_steps=10)
-    refused(r"`online_steps` must lie in \[0, inf\), got -1", online_steps=-1)
+    refused(r"`online_steps` must lie in \[0, 2e\+09\], got -1", online_steps=-1)
     refused("there is no data set gone.npz", "gone.npz")
     refused(r"recorded with `action_low` \[-2.0\]", environment=qs.Host("Hopper-v5"))
     pair = qs.Host("Pendulum-v1", num_envs=2)

@@ -6,7 +6,6 @@ the checkpoint header and these checks are all made from it.
 
 import dataclasses
 import math
-import sys
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -97,6 +96,13 @@ def _check(name: str, value: Any, hint: Any) -> Any:
         for bounds in ranges:
             if item not in bounds:
                 raise ValueError(f"`{name}` must lie in {bounds}, got {value!r}.")
-        if kind is float and not abs(item) <= sys.float_info.max:
+        if kind is float and not _finite(item):
             raise ValueError(f"`{name}` must be finite, got {value!r}.")
     return base
+
+
+def _finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float reaches
+        return False
