@@ -19,7 +19,7 @@ OUTER = {
     f"qscore.{name}"
     for name in (
         *("__main__", "bench", "checkpoint", "cli", "datasets", "export", "folder", "log"),
-        *("panel", "playback", "plots", "report", "run", "sweep"),
+        *("memory", "panel", "playback", "plots", "report", "run", "sweep"),
         *(f"sweep.{name}" for name in ("board", "cluster", "local", "process", "spec", "trial")),
     )
 }

@@ -18,9 +18,8 @@ from typing import Any
 
 import jax
 import numpy as np
-import psutil
 
-from qscore import checkpoint, datasets, replay
+from qscore import checkpoint, datasets, memory, replay
 from qscore.algorithms import algorithm_name
 from qscore.algorithms.base import Algorithm
 from qscore.closed_form import Comparison, compare
@@ -246,9 +245,7 @@ def _check_memory(
     )
     size = replay.row_bytes(spec)
     stats = jax.devices()[0].memory_stats()  # none on a CPU
-    free = (
-        stats["bytes_limit"] - stats["bytes_in_use"] if stats else psutil.virtual_memory().available
-    )
+    free = stats["bytes_limit"] - stats["bytes_in_use"] if stats else memory.available()
     needed = settings.seeds * rows * size
     if 2 * needed > free:
         raise UsageError(
