@@ -704,6 +704,21 @@ def test_a_constant_reward_changes_no_score(score_cost, discount_rate, r0, sigma
     assert paid.c - plain.c == pytest.approx(r0 / discount_rate, rel=1e-9)
 
 
+@pytest.mark.parametrize("score_cost", [1e-3, 0.3])
+def test_over_a_finite_horizon_neither_does_it(score_cost):
+    plain = replace(FINITE, score_cost=score_cost)
+    T, H, h1, h0 = plain.terminal or Terminal(0.0)
+    exact, beta = lq.solve(plain), plain.discount_rate
+    for r0, constant in ((1e12, h0), (0.0, h0 + 1e12)):
+        paid = lq.solve(replace(plain, r0=r0, terminal=Terminal(T, H, h1, constant)))
+        for name in ("P", "p", "K", "k"):
+            np.testing.assert_allclose(getattr(paid, name), getattr(exact, name), rtol=1e-9)
+        extra = (r0 - plain.r0) * -math.expm1(-beta * T) / beta
+        assert paid.c == pytest.approx(
+            exact.c + extra + (constant - h0) * math.exp(-beta * T), rel=1e-9
+        )
+
+
 def test_what_is_only_half_solved_is_refused(monkeypatch):
     monkeypatch.setattr(riccati, "optimize", riccati.evaluate)  # of the first admissible gain
     with pytest.raises(lq.Unsolvable, match="the equation is only solved to .* of its terms"):

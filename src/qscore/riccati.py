@@ -295,7 +295,12 @@ def _step(equation: Equation, P: np.ndarray, h: float, K: np.ndarray | None) -> 
         jacobian = identity - h * np.einsum("ij,jab->iajb", weights, np.array(operators))
         change = _solve_parts(jacobian, defect, ends)
         stages = stages + change
-        size = np.linalg.norm(change) / (np.linalg.norm(stages) + 1e-300)
+        # each part against those that act on it, as in `_difference`
+        apart, norms = (
+            np.sqrt(np.add.reduceat(np.sum(values**2, axis=0), [0, *ends[:-1]]))
+            for values in (change, stages)
+        )
+        size = np.max(apart / (np.maximum.accumulate(norms) + 1e-300))
         if not np.isfinite(size):
             return None
         if size <= 1e-13 or (size <= 1e-9 and size >= 0.1 * smallest):  # rounding
@@ -307,14 +312,25 @@ def _step(equation: Equation, P: np.ndarray, h: float, K: np.ndarray | None) -> 
 def _difference(
     equation: Equation, fine: np.ndarray, coarse: np.ndarray, seen: np.ndarray
 ) -> float:
-    """The largest relative difference among the parts of P and of the gain; `seen` is updated."""
+    """The largest relative difference among the parts of P and of the gain, of sizes `seen`.
 
-    def norms(P: np.ndarray) -> np.ndarray:
-        return np.array([*_parts(equation, P), np.linalg.norm(equation.G.T @ P)])
+    A part that is small beside those that act on it need not be that precise. How large those are
+    that it acts on says nothing: a large constant excuses no error of the gain.
+    """
+    seen = np.maximum(seen, _sizes(equation, fine))
+    floor = 1e-4 * np.maximum.accumulate(seen) + 1e-300
+    return float(np.max(_sizes(equation, fine - coarse) / np.maximum(seen, floor)))
 
-    np.maximum(seen, norms(fine), out=seen)
-    floor = 1e-4 * seen.max() + 1e-300
-    return float(np.max(norms(fine - coarse) / np.maximum(seen, floor)))
+
+def _sizes(equation: Equation, P: np.ndarray) -> np.ndarray:
+    """The norms of the parts of P and of the gain, a part after those that act on it."""
+    quadratic, *rest = _parts(equation, P)
+    gain = equation.G.T @ P
+    if not rest:
+        return np.array([quadratic, np.linalg.norm(gain)])
+    linear, constant = rest
+    gains = np.linalg.norm(gain[:, :-1]), np.linalg.norm(gain[:, -1])
+    return np.array([quadratic, gains[0], linear, gains[1], constant])
 
 
 def flow(
@@ -327,8 +343,7 @@ def flow(
 
     Raises `FiniteEscape` where the steps shrink to nothing, and `OverflowError` above 1e150.
     """
-    time, error, seen = 0.0, 0.0, np.zeros(4 if equation.affine else 2)
-    _difference(equation, P, P, seen)
+    time, error, seen = 0.0, 0.0, _sizes(equation, P)
     gain = equation.gain(P) if K is None else K
     h = min(duration, 1.0 / (float(np.linalg.norm(equation.operator(gain))) + 1e-300))
     while time < duration:
@@ -339,9 +354,9 @@ def flow(
         if whole is None or halves is None:
             difference = np.inf
         else:
-            difference = _difference(equation, halves, whole, seen.copy())
+            difference = _difference(equation, halves, whole, seen)
         if halves is not None and difference <= STEP_TOLERANCE:
-            _difference(equation, halves, halves, seen)
+            seen = np.maximum(seen, _sizes(equation, halves))
             last = duration - time <= h
             time, P, error = (duration if last else time + h), halves, error + difference
             if not np.linalg.norm(P) < 1e150:
