@@ -10,17 +10,31 @@ Default presets, last checkpoints, 10 episodes per evaluation. Runs are shared a
 all experiments: start one per core. The results hold every run that has ended by then, and name
 those that have not: `missing`. *Early* is the mean return of the evaluations in the first fifth of
 training, which the CQSM paper is about.
+
+Over several tasks returns are normalised as in a report: on each task 0 is the lowest interquartile
+mean of any algorithm at any evaluation, and 1 the highest at the end. Of the algorithms that were
+run on every task, those figures are interquartile means over all tasks and seeds, with stratified
+bootstrap intervals, and the best is held against each of the others. They are rliable's: the extra
+`stats`.
 """
 
 import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from common import Job, arguments, curves, figures, panel, places, save, train
 
 import qscore as qs
-from qscore.panel import EARLY, Method, Task
-from qscore.statistics import interquartile_mean
+from qscore.panel import EARLY, Method, Panel, Task
+from qscore.statistics import (
+    aggregate,
+    chance,
+    interquartile_mean,
+    probability_of_improvement,
+    ranked,
+    require_rliable,
+)
 
 SEEDS = [0, 1, 2]
 """Unless others are asked for."""
@@ -89,14 +103,67 @@ def everything(name: str, asked: list[Job], runs: Path) -> list[Job]:
     ]
 
 
-def row(task: Task, method: Method) -> dict[str, Any]:
-    """The figures of one method on one task."""
+def early_returns(task: Task, method: Method) -> list[float]:
+    """The mean return of every seed over the first fifth of training."""
     early = task.mean_over(method, EARLY)
     assert early is not None  # every run is evaluated twenty times
+    return early
+
+
+def row(task: Task, method: Method) -> dict[str, Any]:
+    """The figures of one method on one task."""
+    early = early_returns(task, method)
     return figures(task, method) | {
         "early": {str(s): round(v, 2) for s, v in zip(method.seeds, early, strict=True)},
         "early_iqm": round(interquartile_mean(early), 2),
     }
+
+
+def overall(found: Panel) -> dict[str, Any]:
+    """The figures over all tasks of the algorithms that were run on each, the best first."""
+    ends, early = {}, {}
+    for name, methods in found.everywhere.items():
+        pairs = list(zip(found.tasks, methods, strict=True))
+        ends[name] = [task.normalized(m.returns(task.final_step)) for task, m in pairs]
+        early[name] = [task.normalized(early_returns(task, m)) for task, m in pairs]
+    ranking = ranked(ends)
+    best = next(iter(ranking), "")
+    rows = {}
+    for name, (middle, interval) in ranking.items():
+        first, first_interval = aggregate(early[name])
+        rows[name] = {
+            "iqm": round(middle, 3),
+            "ci95": np.round(interval, 3).tolist(),
+            "early_iqm": round(first, 3),
+            "early_ci95": np.round(first_interval, 3).tolist(),
+        }
+        if name != best:
+            better, _ = probability_of_improvement(ends[best], ends[name])
+            rows[name] |= {
+                "best_is_better": round(better, 3),
+                "by_chance": round(chance(ends[best], ends[name]), 3),
+            }
+    return rows
+
+
+def overall_table(rows: dict[str, Any]) -> str:
+    """`overall`, as Markdown."""
+    best = next(iter(rows))
+    lines = [
+        "| algorithm | normalised return | 95% | early | 95% "
+        f"| a seed of {best} is better | as clearly by chance |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, each in rows.items():
+        figures = []
+        for figure, interval in (("iqm", "ci95"), ("early_iqm", "early_ci95")):
+            low, high = each[interval]
+            figures += [f"{each[figure]:.2f}", f"{low:.2f} to {high:.2f}"]
+        against = ["", ""]
+        if name != best:
+            against = [f"{each['best_is_better']:.0%}", f"{each['by_chance']:.1%}"]
+        lines.append("| " + " | ".join([name, *figures, *against]) + " |")
+    return "\n".join(lines)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -124,6 +191,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--algorithms", nargs="+", choices=list(qs.ALGORITHMS))
     parser.add_argument("--table", action="store_true", help="train nothing")
     args = parser.parse_args(argv)
+    try:
+        require_rliable()
+    except ImportError as error:  # now, and not after hours of training
+        parser.error(str(error))
     args.name = f"panel_{args.panel}"
     tasks, _ = PANELS[args.panel]
     if unknown := set(args.tasks or ()) - set(tasks):
@@ -145,11 +216,15 @@ def main(argv: list[str] | None = None) -> None:
         task.name: {method.name: row(task, method) for method in task.methods}
         for task in found.tasks
     }
+    over_all = overall(found) if len(found.tasks) > 1 else {}
     print(table(results))
+    if over_all:
+        print(f"\n{overall_table(over_all)}")
     for name in missing:
         print(f"missing: {name}")
     steps = {task.name: task.final_step for task in found.tasks}
-    save(args, {"steps": steps, "missing": missing, "tasks": results}, curves(found))
+    kept = {"steps": steps, "missing": missing, "overall": over_all, "tasks": results}
+    save(args, kept, curves(found))
 
 
 if __name__ == "__main__":

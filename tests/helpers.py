@@ -1,13 +1,16 @@
 """What tests share.
 
 One comparison with one table of tolerances, a jit that compiles fast, networks in NumPy, random
-critics and batches, critics that are known functions, and a training session.
+critics and batches, critics that are known functions, a training session, and run folders without
+training.
 """
 
 import contextlib
 import dataclasses
 import functools
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -16,7 +19,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from qscore import Transition
+import qscore as qs
+from qscore.folder import Run, Settings, installed_versions
 from qscore.networks import Critic
 from qscore.train_host import Session
 
@@ -160,7 +164,7 @@ def random_critics(spec, key):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def random_batch(spec, rows, key):
     obs_key, action_key, reward_key, next_key = jr.split(key, 4)
-    return Transition(
+    return qs.Transition(
         obs=jr.normal(obs_key, (rows, spec.obs_size)),
         action=jr.uniform(action_key, (rows, spec.action_size), minval=-1.0, maxval=1.0),
         reward=jr.normal(reward_key, (rows,)),
@@ -234,3 +238,34 @@ def learn(environment, algorithm, seed=0, *, steps, eval_episodes=1):
     while session.env_steps < steps:
         session.advance(steps)
     return session
+
+
+def write_run(
+    folder: Path,
+    algorithm=None,
+    environment=None,
+    *,
+    level: float = 0.0,
+    every: int = 100,
+    done: int | None = None,
+    **settings,
+) -> Path:
+    """A run folder as a run leaves it, whose seed s returns level + steps + s on average."""
+    settings = Settings(**{"steps": 400, "seeds": 3, "eval_episodes": 2, **settings})
+    algorithm = algorithm or qs.QSM()
+    folder.mkdir(parents=True)
+    run = Run(
+        folder, algorithm, environment or qs.Host("Pendulum-v1"), settings, installed_versions()
+    )
+    run.save_config()
+    with open(folder / "evals.jsonl", "w") as evals, open(folder / "metrics.jsonl", "w") as metrics:
+        for step in range(every, (done or settings.total_steps) + 1, every):
+            for seed in settings.seed_list:
+                mean = level + step + seed
+                common = {"seed": seed, "env_steps": step, "seconds": step / 50}
+                evals.write(json.dumps({**common, "returns": [mean - 1, mean + 1]}) + "\n")
+                row = {**common, "updates": step, "critic_loss": 1.0 / step}
+                if not isinstance(algorithm, qs.SAC):
+                    row["score_norm"] = 2.0
+                metrics.write(json.dumps(row) + "\n")
+    return folder

@@ -444,6 +444,8 @@ def test_the_table_of_an_experiment_is_its_results(path, monkeypatch):
     (kept,) = results.keys() & {"algorithms", "variants", "tasks"}
     page = (DOCS / "experiments" / f"{script.stem}.md").read_text()
     assert module.table(results[kept]) in page
+    if "overall" in results:
+        assert module.overall_table(results["overall"]) in page
     assert f"../assets/{path.stem}.png" in page
 
 

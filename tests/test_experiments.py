@@ -8,9 +8,10 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
-from helpers import fast_compilation
+from helpers import fast_compilation, write_run
 
 import qscore as qs
+from qscore.panel import read_panel
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 NAMES = sorted(path.stem for path in EXPERIMENTS.glob("*.py") if path.stem != "common")
@@ -139,3 +140,25 @@ def test_each_scale_of_the_score_is_a_multiple_of_the_default(load):
     assert algorithm("gradient", 3.0).score_scale == 3.0 * usual.score_scale
     assert algorithm("posterior", 3.0).temperature == usual.temperature / 3.0
     assert algorithm("normalized", 1.0) == usual
+
+
+def test_the_figures_over_all_tasks_of_a_panel_are_of_its_normalised_returns(load, tmp_path):
+    panels = load("control_panels")
+    folders = [
+        write_run(tmp_path / f"{task}-{name}", algorithm, qs.Host(task), level=level, every=20)
+        for task in ("Pendulum-v1", "Hopper-v5")
+        for name, algorithm, level in (("sac", qs.SAC(), -50), ("qsm", qs.QSM(), 0))
+    ]
+    folders.append(write_run(tmp_path / "td3", qs.TD3(), qs.Host("Hopper-v5"), every=20, level=-9))
+    rows = panels.overall(read_panel(folders))
+    # seeds end at 400 to 402 and 350 to 352; the lowest interquartile mean is 20 - 50 + 1
+    assert list(rows) == ["qsm", "sac"]  # the other was run on one task only
+    assert rows["qsm"]["iqm"] == 1.0
+    assert rows["sac"]["iqm"] == pytest.approx(380 / 430, abs=1e-3)
+    # 50 steps on average, of the evaluations at 20 to 80
+    assert rows["qsm"]["early_iqm"] == pytest.approx(80 / 430, abs=1e-3)
+    assert rows["sac"]["early_iqm"] == pytest.approx(30 / 430, abs=1e-3)
+    assert rows["sac"]["best_is_better"] == 1.0 and rows["sac"]["by_chance"] < 0.01
+    shown = panels.overall_table(rows).splitlines()
+    assert shown[0].count("|") == shown[2].count("|") == 8
+    assert "| a seed of qsm is better |" in shown[0] and "| 100% |" in shown[3]

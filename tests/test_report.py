@@ -15,7 +15,7 @@ from pathlib import Path
 import imageio.v2 as imageio
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import assert_close, write_run
 from imageio_ffmpeg import get_ffmpeg_exe
 from matplotlib.figure import Figure
 
@@ -23,7 +23,7 @@ import qscore as qs
 from qscore import cli, plots, statistics
 from qscore.environments import LQ, DoubleWell
 from qscore.errors import UsageError
-from qscore.folder import Run, Settings, installed_versions
+from qscore.folder import Run, Settings
 from qscore.panel import _labels, arrange, read_panel
 from qscore.report import report
 
@@ -32,37 +32,6 @@ report_module = importlib.import_module("qscore.report")
 pytest.importorskip("rliable", reason="the extra `stats` is not installed")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-def write_run(
-    folder: Path,
-    algorithm=None,
-    environment=None,
-    *,
-    level: float = 0.0,
-    every: int = 100,
-    done: int | None = None,
-    **settings,
-) -> Path:
-    """A run folder as a run leaves it, whose seed s returns level + steps + s on average."""
-    settings = Settings(**{"steps": 400, "seeds": 3, "eval_episodes": 2, **settings})
-    algorithm = algorithm or qs.QSM()
-    folder.mkdir(parents=True)
-    run = Run(
-        folder, algorithm, environment or qs.Host("Pendulum-v1"), settings, installed_versions()
-    )
-    run.save_config()
-    with open(folder / "evals.jsonl", "w") as evals, open(folder / "metrics.jsonl", "w") as metrics:
-        for step in range(every, (done or settings.total_steps) + 1, every):
-            for seed in settings.seed_list:
-                mean = level + step + seed
-                common = {"seed": seed, "env_steps": step, "seconds": step / 50}
-                evals.write(json.dumps({**common, "returns": [mean - 1, mean + 1]}) + "\n")
-                row = {**common, "updates": step, "critic_loss": 1.0 / step}
-                if not isinstance(algorithm, qs.SAC):
-                    row["score_norm"] = 2.0
-                metrics.write(json.dumps(row) + "\n")
-    return folder
 
 
 # -- grouping --------------------------------------------------------------------------------------

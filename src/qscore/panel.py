@@ -6,6 +6,7 @@ they lie in; a seed that is there twice, and evaluations of unlike length, are r
 else in which compared runs differ is said in `Panel.notes`.
 """
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -108,6 +109,21 @@ class Task:
         per_step = [method.returns(s) for s in self.steps if s <= share * self.final_step]
         return np.mean(per_step, axis=0).tolist() if per_step else None
 
+    @functools.cached_property
+    def bounds(self) -> tuple[float, float]:
+        """The returns that normalised returns of 0 and 1 stand for.
+
+        The lowest interquartile mean of any method at any evaluation, and the highest at the end.
+        """
+        low = min(interquartile_mean(m.returns(step)) for m in self.methods for step in m.steps)
+        high = max(interquartile_mean(m.returns(self.final_step)) for m in self.methods)
+        return low, high if high > low else low + 1.0
+
+    def normalized(self, returns: Sequence[float]) -> list[float]:
+        """Returns in the unit of `bounds`."""
+        low, high = self.bounds
+        return [(value - low) / (high - low) for value in returns]
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -121,6 +137,15 @@ class Panel:
     def names(self) -> list[str]:
         """The methods of all tasks, in the order in which they were first given."""
         return list(dict.fromkeys(method.name for task in self.tasks for method in task.methods))
+
+    @property
+    def everywhere(self) -> dict[str, list[Method]]:
+        """The methods that were run on every task: name -> as they are on each of the tasks."""
+        found = {
+            name: [method for task in self.tasks for method in task.methods if method.name == name]
+            for name in self.names
+        }
+        return {name: on for name, on in found.items() if len(on) == len(self.tasks)}
 
 
 def read_panel(folders: Sequence[Path]) -> Panel:

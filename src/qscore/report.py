@@ -27,12 +27,13 @@ from qscore.folder import environment_name
 from qscore.panel import EARLY, Method, Panel, Task, read_panel
 from qscore.playback import film
 from qscore.statistics import (
-    aggregate,
+    Interval,
     bootstrap_interval,
     chance,
     interquartile_mean,
     least_chance,
     probability_of_improvement,
+    ranked,
     require_rliable,
 )
 
@@ -49,9 +50,6 @@ HEALTH = {
 
 LINEAR = ("action_saturation",)
 """The metrics among them that are drawn on a linear axis."""
-
-Interval = tuple[float, tuple[float, float]]
-"""An interquartile mean and its 95% interval."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,7 @@ def compose(panel: Panel, filmed: Sequence[Block]) -> list[Block]:
     blocks: list[Block] = []
     colors = {name: plots.color(panel, name) for name in panel.names}
     scores, unit = _scores(panel)
-    ranking = _ranked(scores)
+    ranking = ranked(scores)
     blocks.append(Text(_verdict(ranking, scores, unit), verdict=True))
     if len(ranking) > 1:
         caption = "Interquartile mean over seeds and its 95% bootstrap interval, best first."
@@ -188,39 +186,20 @@ def _scores(panel: Panel) -> tuple[dict[str, list[list[float]]], str]:
 
     and what they are. Of one task they are returns, of several normalised ones.
     """
-    everywhere = [
-        name
-        for name in panel.names
-        if all(name in (method.name for method in task.methods) for task in panel.tasks)
-    ]
-    scores: dict[str, list[list[float]]] = {name: [] for name in everywhere}
-    for task in panel.tasks:
-        low, high = (0.0, 1.0) if len(panel.tasks) == 1 else _range(task)
-        for method in task.methods:
-            if method.name in scores:
-                values = method.returns(task.final_step)
-                scores[method.name].append([(value - low) / (high - low) for value in values])
-    return scores, "return" if len(panel.tasks) == 1 else "normalised return"
-
-
-def _range(task: Task) -> tuple[float, float]:
-    """What normalised returns of 0 and 1 stand for."""
-    curves = [method.curve("env_steps") for method in task.methods]
-    low = min(min(curve.middle) for curve in curves)
-    high = max(interquartile_mean(method.returns(task.final_step)) for method in task.methods)
-    return low, high if high > low else low + 1.0
+    several = len(panel.tasks) > 1
+    scores: dict[str, list[list[float]]] = {}
+    for name, methods in panel.everywhere.items():
+        ends = [
+            (task, method.returns(task.final_step))
+            for task, method in zip(panel.tasks, methods, strict=True)
+        ]
+        scores[name] = [task.normalized(values) if several else values for task, values in ends]
+    return scores, "normalised return" if several else "return"
 
 
 def _ranges(panel: Panel) -> Table:
-    ranges = {task.name: _range(task) for task in panel.tasks}
-    rows = [[name, _number(low), _number(high)] for name, (low, high) in ranges.items()]
+    rows = [[task.name, *map(_number, task.bounds)] for task in panel.tasks]
     return Table(["task", "0 is", "1 is"], rows)
-
-
-def _ranked(scores: dict[str, list[list[float]]]) -> dict[str, Interval]:
-    """Interquartile mean and interval of each method, the best first."""
-    figures = {name: aggregate(tasks) for name, tasks in scores.items()}
-    return dict(sorted(figures.items(), key=lambda item: -item[1][0]))
 
 
 def _verdict(ranking: dict[str, Interval], scores: dict[str, list[list[float]]], unit: str) -> str:
@@ -286,7 +265,7 @@ def _of_task(panel: Panel, task: Task) -> list[Block]:
     blocks: list[Block] = []
     if len(panel.tasks) > 1:
         scores = {method.name: [method.returns(task.final_step)] for method in task.methods}
-        blocks.append(Text(_verdict(_ranked(scores), scores, "return")))
+        blocks.append(Text(_verdict(ranked(scores), scores, "return")))
     blocks += [
         Pictures(
             [

@@ -7,7 +7,7 @@ most commands need neither.
 
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,9 @@ from qscore.errors import how_to_install
 
 Scores = Sequence[Sequence[float]]
 """Scores of one method: for each task, one of every seed."""
+
+Interval = tuple[float, tuple[float, float]]
+"""A figure and its 95% interval."""
 
 RESAMPLES = 2000
 """Of a bootstrap."""
@@ -66,7 +69,7 @@ def require_rliable() -> None:
         raise ImportError(f"this needs the package rliable: {how_to_install('stats')}")
 
 
-def aggregate(scores: Scores) -> tuple[float, tuple[float, float]]:
+def aggregate(scores: Scores) -> Interval:
     """The interquartile mean over all tasks and seeds, and its 95% bootstrap interval.
 
     The bootstrap is stratified: it draws seeds anew within each task. Tasks may have unlike numbers
@@ -83,7 +86,13 @@ def aggregate(scores: Scores) -> tuple[float, tuple[float, float]]:
     return _bootstrapped(figure, scores)
 
 
-def probability_of_improvement(scores: Scores, others: Scores) -> tuple[float, tuple[float, float]]:
+def ranked(scores: Mapping[str, Scores]) -> dict[str, Interval]:
+    """`aggregate` of every method, the best first."""
+    figures = {name: aggregate(tasks) for name, tasks in scores.items()}
+    return dict(sorted(figures.items(), key=lambda item: -item[1][0]))
+
+
+def probability_of_improvement(scores: Scores, others: Scores) -> Interval:
     """How probable it is that a seed of `scores` does better than one of `others`, on average over
 
     the tasks, and its 95% bootstrap interval. Ties count as a half.
@@ -129,9 +138,7 @@ def least_chance(scores: Scores, others: Scores) -> float:
     return min(1.0, 2.0 / math.prod(orders))
 
 
-def _bootstrapped(
-    statistic: Callable[..., float], columns: Scores
-) -> tuple[float, tuple[float, float]]:
+def _bootstrapped(statistic: Callable[..., float], columns: Scores) -> Interval:
     """A statistic of independent columns and its 95% bootstrap interval; the same every time."""
     from rliable.library import get_interval_estimates
 
