@@ -667,3 +667,5 @@ def test_programs_are_compiled_before_the_seeds_threads_begin(tmp_path, caplog, 
     assert "MainThread" in {thread for thread, _ in compiled}
     own = {"jit(chunk)", "jit(evaluate)", "jit(uniform)", "jit(run)", "jit(_act_read)"}
     assert not own & {name for thread, name in compiled if thread != "MainThread"}
+    # outside of programs every operation is one: a hundred of them, and seconds at every start
+    assert len(compiled) < 50, [name for _, name in compiled]

@@ -38,6 +38,19 @@ CHUNK = 50
 
 
 @kept
+def compiled_init(algorithm: Algorithm, spec: Spec, capacity: int) -> Any:
+    """`init_runner` of a key, compiled once for all seeds.
+
+    Outside of a program every operation is compiled by itself, some seventy of them: seconds.
+    """
+    program = jax.jit(lambda key: init_runner(algorithm, spec, capacity, key=key))
+    on_cpu = jax.default_backend() == "cpu"
+    # it runs once a seed, so compiling is what it costs
+    options: dict[str, str | bool] = {"xla_backend_optimization_level": "0"} if on_cpu else {}
+    return program.lower(jr.key(0)).compile(compiler_options=options)
+
+
+@kept
 def compiled_chunk(
     algorithm: Algorithm, spec: Spec, capacity: int, rows: int, precision: Precision = "f32"
 ) -> Any:
@@ -442,7 +455,7 @@ class Session:
         if isinstance(environment, SDEEnvironment):
             compiled_evaluation(self._evaluation.algorithm, environment, eval_episodes)
         self._chunk = compiled_chunk(algorithm, self.spec, self.capacity, self.chunk, precision)
-        self.runner = init_runner(algorithm, self.spec, self.capacity, key=init_key)
+        self.runner = compiled_init(algorithm, self.spec, self.capacity)(init_key)
         if data is not None:
             rows = jax.tree.map(
                 lambda empty, recorded: empty.at[: self.recorded].set(recorded),
