@@ -233,7 +233,8 @@ def test_a_process_killed_by_the_system_resumes_bit_for_bit(tmp_path):
     ]
 
     def command(*arguments):  # every run in a process of its own, as this one checks its types
-        return subprocess.Popen([sys.executable, "-m", "qscore", *map(str, arguments)])
+        command = [sys.executable, "-m", "qscore", *map(str, arguments)]
+        return subprocess.Popen(command, env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
 
     start = ("train", "qsm", "Pendulum-v1", *settings, "--out")
     uninterrupted = command(*start, whole)
