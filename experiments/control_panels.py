@@ -43,11 +43,11 @@ PANELS: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     # panel: (steps of every task, algorithms)
     "dm_control": (
         {
-            "dm_control/cartpole-swingup-v0": 60_000,
-            "dm_control/reacher-easy-v0": 60_000,
-            "dm_control/cheetah-run-v0": 60_000,
-            "dm_control/walker-walk-v0": 60_000,
-            "dm_control/hopper-stand-v0": 60_000,
+            "dm_control/cartpole-swingup-v0": 40_000,
+            "dm_control/reacher-easy-v0": 40_000,
+            "dm_control/cheetah-run-v0": 40_000,
+            "dm_control/walker-walk-v0": 40_000,
+            "dm_control/hopper-stand-v0": 40_000,
         },
         ("qsm", "diffusion_ql", "sac", "td3", "cqsm"),
     ),
