@@ -17,10 +17,11 @@ import fcntl
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import qscore as qs
-from qscore.folder import write_json
-from qscore.panel import Method, Panel, Task, read_panel
+from qscore.errors import UsageError
+from qscore.folder import Run, write_json
+from qscore.panel import Method, Panel, Task, arrange
 from qscore.plots import draw_returns
 from qscore.products import Precision
 from qscore.statistics import bootstrap_interval, interquartile_mean
@@ -39,6 +41,9 @@ RESULTS = ROOT / "experiments" / "results"
 
 COMMITS = ".commits"
 """Ending of the file beside a run that has a line for every start: the commit of the code."""
+
+RECORD = ("config.json", "evals.jsonl", "summary.json")
+"""What is kept of a run whose results are: all of its folder that is small. The last ends it."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,11 @@ def arguments(doc: str | None, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="the JSON file; experiments/results by default")
     parser.set_defaults(name=name)
     return parser
+
+
+def records_of(out: Path) -> Path:
+    """The folder beside a JSON file that holds the records of its runs, where they are kept."""
+    return out.with_suffix("")
 
 
 def places(args: argparse.Namespace) -> tuple[Path, Path]:
@@ -111,6 +121,7 @@ def _attempt(job: Job, runs: Path) -> bool:
 
 def _train(job: Job, folder: Path) -> None:
     if (folder / "config.json").is_file():
+        _opened(job, folder)
         qs.resume(folder)
         return
     qs.train(
@@ -128,8 +139,49 @@ def _train(job: Job, folder: Path) -> None:
 
 def panel(jobs: Sequence[Job], runs: Path) -> Panel:
     """The runs that have been evaluated, side by side."""
-    folders = [job.folder(runs) for job in jobs]
-    return read_panel([folder for folder in folders if (folder / "evals.jsonl").is_file()])
+    folders = {job.folder(runs): job for job in jobs}
+    evaluated = [folder for folder in folders if (folder / "evals.jsonl").is_file()]
+    return arrange([_opened(folders[folder], folder) for folder in evaluated])
+
+
+def _opened(job: Job, folder: Path) -> Run:
+    """The run in a job's folder. Raises `UsageError` where it is of other settings than the job."""
+    run = Run.open(folder)
+    settings = replace(
+        run.settings,
+        steps=job.steps,
+        seed_start=job.seed,
+        eval_every=job.eval_every,
+        eval_episodes=job.eval_episodes,
+        precision=job.precision,
+    )
+    asked = Run(folder, job.algorithm, job.environment, settings, run.versions)
+    if asked != run:
+        raise UsageError(
+            f"{folder} is no run of this experiment: it was started by `{run.command()}`, where "
+            f"`{asked.command()}` is asked for. Move it away."
+        )
+    return run
+
+
+def finished(job: Job, runs: Path) -> bool:
+    """Whether a folder of runs, or of their records, has a run and its end."""
+    return (job.folder(runs) / RECORD[-1]).is_file()
+
+
+def keep(jobs: Sequence[Job], runs: Path, records: Path) -> None:
+    """Copy the small files of every run that has finished to where results are kept.
+
+    The copies are run folders too, without weights and metrics.
+    """
+    for job in jobs:
+        if not finished(job, runs):
+            continue
+        source, copy = job.folder(runs), job.folder(records)
+        copy.mkdir(parents=True, exist_ok=True)
+        for name in RECORD:
+            shutil.copyfile(source / name, copy / name)
+        shutil.copyfile(source.with_suffix(COMMITS), copy.with_suffix(COMMITS))
 
 
 def figures(task: Task, method: Method) -> dict[str, Any]:
@@ -170,7 +222,7 @@ def save(args: argparse.Namespace, results: dict[str, Any], figure: Figure | Non
         "experiment": args.name,
         "command": shlex.join(["python", f"experiments/{words[0]}", *words[1:]]),
         "commit": commit(),
-        "trained_at": trained_at(runs),
+        "trained_at": trained_at(runs, records_of(out)),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "quick": args.quick,
     }
@@ -181,10 +233,10 @@ def save(args: argparse.Namespace, results: dict[str, Any], figure: Figure | Non
     return out
 
 
-def trained_at(runs: Path) -> list[str]:
-    """The commits that the runs in a folder were trained at, where that is on record."""
-    files = [file.read_text() for file in runs.rglob(f"*{COMMITS}")] if runs.is_dir() else []
-    return sorted({commit for file in files for commit in file.split()})
+def trained_at(*folders: Path) -> list[str]:
+    """The commits that the runs in some folders were trained at, where that is on record."""
+    files = [file for folder in folders for file in folder.rglob(f"*{COMMITS}")]
+    return sorted({commit for file in files for commit in file.read_text().split()})
 
 
 def commit() -> str:

@@ -8,8 +8,10 @@
 
 Default presets, last checkpoints, 10 episodes per evaluation. Runs are shared among processes as in
 all experiments: start one per core. The results hold every run that has ended by then, and name
-those that have not: `missing`. *Early* is the mean return of the evaluations in the first fifth of
-training, which the CQSM paper is about.
+those that have not: `missing`. Hours of training are not lost with the folder they were done in:
+settings, evaluations and summary of every finished run are kept beside the JSON file, and a run
+that is there is not trained again. They are run folders, `qscore report` takes them. *Early* is the
+mean return of the evaluations in the first fifth of training, which the CQSM paper is about.
 
 Over several tasks returns are normalised as in a report: on each task 0 is the lowest interquartile
 mean of any algorithm at any evaluation, and 1 the highest at the end. Of the algorithms that were
@@ -23,7 +25,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Job, arguments, curves, figures, panel, places, save, train
+from common import (
+    Job,
+    arguments,
+    curves,
+    figures,
+    finished,
+    keep,
+    panel,
+    places,
+    records_of,
+    save,
+    train,
+)
 
 import qscore as qs
 from qscore.panel import EARLY, Method, Panel, Task
@@ -88,18 +102,19 @@ def jobs(name: str, args: argparse.Namespace) -> list[Job]:
     return found
 
 
-def everything(name: str, asked: list[Job], runs: Path) -> list[Job]:
+def everything(name: str, asked: list[Job], *folders: Path) -> list[Job]:
     """Every run that the results hold or miss: of the whole panel, and what was asked for beyond.
 
-    An asked part of the panel leaves what is there of the rest in the results.
+    An asked part of the panel leaves what is in the folders of the rest in the results.
     """
     plain = argparse.Namespace(tasks=None, algorithms=None, quick=False)
-    known = {int(path.name.removeprefix("seed-")) for path in runs.glob("*/*/seed-*[0-9]")}
+    there = [path for folder in folders for path in folder.glob("*/*/seed-*[0-9]")]
+    known = {int(path.name.removeprefix("seed-")) for path in there}
     plain.seeds = sorted(known.union(SEEDS, (job.seed for job in asked)))
     return [
         job
         for job in jobs(name, plain)
-        if job.seed in SEEDS or job in asked or job.folder(runs).is_dir()
+        if job.seed in SEEDS or job in asked or any(job.folder(f).is_dir() for f in folders)
     ]
 
 
@@ -183,6 +198,18 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def contents(found: Panel) -> dict[str, Any]:
+    """What the JSON file says of the runs, all of it computed from their evaluations."""
+    return {
+        "steps": {task.name: task.final_step for task in found.tasks},
+        "overall": overall(found) if len(found.tasks) > 1 else {},
+        "tasks": {
+            task.name: {method.name: row(task, method) for method in task.methods}
+            for task in found.tasks
+        },
+    }
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__, "")
     parser.add_argument("panel", choices=list(PANELS))
@@ -202,29 +229,25 @@ def main(argv: list[str] | None = None) -> None:
     if args.quick:
         args.tasks = args.tasks or list(tasks)[:1]
     args.seeds = args.seeds or ([0] if args.quick else SEEDS)
-    runs, _ = places(args)
+    runs, out = places(args)
+    records = records_of(out)
     asked = jobs(args.panel, args)
     if not args.table:
-        train(asked, runs)
-    whole = asked if args.quick else everything(args.panel, asked, runs)
-    finished = [job for job in whole if (job.folder(runs) / "summary.json").is_file()]
-    missing = [f"{job.name}, seed {job.seed}" for job in whole if job not in finished]
-    if not finished:
+        train([job for job in asked if not finished(job, records)], runs)
+    whole = asked if args.quick else everything(args.panel, asked, runs, records)
+    keep(whole, runs, records)
+    ended = [job for job in whole if finished(job, records)]
+    missing = [f"{job.name}, seed {job.seed}" for job in whole if job not in ended]
+    if not ended:
         parser.error(f"no run in {runs} has finished")
-    found = panel(finished, runs)
-    results = {
-        task.name: {method.name: row(task, method) for method in task.methods}
-        for task in found.tasks
-    }
-    over_all = overall(found) if len(found.tasks) > 1 else {}
-    print(table(results))
-    if over_all:
-        print(f"\n{overall_table(over_all)}")
+    found = panel(ended, records)
+    results = contents(found)
+    print(table(results["tasks"]))
+    if results["overall"]:
+        print(f"\n{overall_table(results['overall'])}")
     for name in missing:
         print(f"missing: {name}")
-    steps = {task.name: task.final_step for task in found.tasks}
-    kept = {"steps": steps, "missing": missing, "overall": over_all, "tasks": results}
-    save(args, kept, curves(found))
+    save(args, {"missing": missing} | results, curves(found))
 
 
 if __name__ == "__main__":

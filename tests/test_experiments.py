@@ -1,5 +1,6 @@
 """Every experiment runs, in its quick form, and ends in a file, a table and a picture."""
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -102,6 +103,57 @@ def test_an_asked_part_of_a_panel_leaves_the_rest_in_its_results(load, tmp_path)
     assert len(found) == len(names) == 4 * 5 * 3 + 5 + 1
     assert ("HalfCheetah-v5", "cqsm", 3) in names and ("Hopper-v5", "td3", 4) in names
     assert ("Swimmer-v5", "cqsm", 2) in names and ("Swimmer-v5", "cqsm", 3) not in names
+
+
+def finished_run(job, runs, level):
+    """A job's run folder as training leaves it."""
+    settings = {"steps": job.steps, "eval_every": job.eval_every, "eval_episodes": 10}
+    settings |= {"seeds": 1, "seed_start": job.seed}
+    folder = job.folder(runs)
+    write_run(folder, job.algorithm, job.environment, level=level, every=5_000, **settings)
+    (folder / "summary.json").write_text("{}")
+    folder.with_suffix(".commits").write_text("0123456789\n")
+
+
+def test_what_a_panel_found_outlives_its_runs(load, tmp_path, capsys):
+    panels = load("control_panels")
+    command = ["mujoco", "--tasks", "Hopper-v5", "--algorithms", "td3", "sac", "--seeds", "0", "1"]
+    command += ["--table", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "found.json")]
+    asked = panels.argparse.Namespace(
+        tasks=["Hopper-v5"], algorithms=["td3", "sac"], seeds=[0, 1], quick=False
+    )
+    jobs = panels.jobs("mujoco", asked)
+    for level, job in enumerate(jobs):
+        finished_run(job, tmp_path / "runs", 1_000 * level)
+    panels.main(command)
+    table = capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    returns = {name: row["returns"] for name, row in found["tasks"]["Hopper-v5"].items()}
+    assert returns["sac"] == {"0": 101_000.0, "1": 103_001.0}
+    assert returns["td3"] == {"0": 100_000.0, "1": 102_001.0}
+    assert found["trained_at"] == ["0123456789"]
+    (tmp_path / "runs").rename(tmp_path / "lost")
+    panels.main([word for word in command if word != "--table"])  # and none is trained again
+    again = json.loads((tmp_path / "found.json").read_text())
+    assert capsys.readouterr().out == table
+    assert again | {"command": found["command"]} == found
+    # they are run folders, for whatever compares runs
+    folders = sorted((tmp_path / "found").glob("*/*/seed-?"))
+    assert len(read_panel(folders).tasks[0].methods) == 2 and len(folders) == 4
+
+
+def test_a_run_of_other_settings_is_not_taken_for_one_of_the_experiment(load, tmp_path):
+    common = load("common")
+    job = common.Job("task/td3", qs.TD3(), qs.Host("Hopper-v5"), 100_000, 0, 5_000)
+    finished_run(job, tmp_path, 0.0)
+    assert common.panel([job], tmp_path).names == ["td3"]
+    shorter = dataclasses.replace(job, steps=50_000)
+    with pytest.raises(qs.UsageError, match="seed-0 is no run of this .* --steps 50000"):
+        common.panel([shorter], tmp_path)
+    wider = dataclasses.replace(job, algorithm=qs.TD3(hidden=(512, 512)))
+    (job.folder(tmp_path) / "summary.json").unlink()
+    with pytest.raises(qs.UsageError, match=r"--algorithm\.hidden 512 512` is asked for"):
+        common.train([wider], tmp_path)
 
 
 def test_quick_results_never_lie_where_the_full_ones_do(load):
