@@ -186,7 +186,7 @@ def keep(jobs: Sequence[Job], runs: Path, records: Path) -> None:
 
 def figures(task: Task, method: Method) -> dict[str, Any]:
     """The last returns of every seed of a method, their interquartile mean and its interval."""
-    values = method.returns(task.final_step)
+    values = task.last_returns(method)
     return {
         "returns": {str(s): round(v, 2) for s, v in zip(method.seeds, values, strict=True)},
         "iqm": round(interquartile_mean(values), 2),

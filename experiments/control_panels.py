@@ -136,11 +136,7 @@ def row(task: Task, method: Method) -> dict[str, Any]:
 
 def overall(found: Panel) -> dict[str, Any]:
     """The figures over all tasks of the algorithms that were run on each, the best first."""
-    ends, early = {}, {}
-    for name, methods in found.everywhere.items():
-        pairs = list(zip(found.tasks, methods, strict=True))
-        ends[name] = [task.normalized(m.returns(task.final_step)) for task, m in pairs]
-        early[name] = [task.normalized(early_returns(task, m)) for task, m in pairs]
+    ends, early = found.scores(Task.last_returns), found.scores(early_returns)
     ranking = ranked(ends)
     best = next(iter(ranking), "")
     rows = {}

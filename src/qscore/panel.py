@@ -8,7 +8,7 @@ else in which compared runs differ is said in `Panel.notes`.
 
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,10 @@ class Task:
         """The last step that every seed of every method was evaluated at."""
         return self.steps[-1]
 
+    def last_returns(self, method: Method) -> list[float]:
+        """The mean return of every seed at `final_step`."""
+        return method.returns(self.final_step)
+
     def mean_over(self, method: Method, share: float) -> list[float] | None:
         """Per seed, the mean return of the evaluations in the first `share` of training.
 
@@ -116,7 +120,7 @@ class Task:
         The lowest interquartile mean of any method at any evaluation, and the highest at the end.
         """
         low = min(interquartile_mean(m.returns(step)) for m in self.methods for step in m.steps)
-        high = max(interquartile_mean(m.returns(self.final_step)) for m in self.methods)
+        high = max(interquartile_mean(self.last_returns(m)) for m in self.methods)
         return low, high if high > low else low + 1.0
 
     def normalized(self, returns: Sequence[float]) -> list[float]:
@@ -146,6 +150,24 @@ class Panel:
             for name in self.names
         }
         return {name: on for name, on in found.items() if len(on) == len(self.tasks)}
+
+    @property
+    def unit(self) -> str:
+        """What `scores` are in: of one task they are returns, of several normalised ones."""
+        return "normalised return" if len(self.tasks) > 1 else "return"
+
+    def scores(self, figure: Callable[[Task, Method], list[float]]) -> dict[str, list[list[float]]]:
+        """A figure of every seed, a return, of each method that was run on every task.
+
+        For each method the tasks in order, and of each task the seeds.
+        """
+        scores: dict[str, list[list[float]]] = {}
+        for name, methods in self.everywhere.items():
+            scores[name] = []
+            for task, method in zip(self.tasks, methods, strict=True):
+                values = figure(task, method)
+                scores[name].append(task.normalized(values) if len(self.tasks) > 1 else values)
+        return scores
 
 
 def read_panel(folders: Sequence[Path]) -> Panel:

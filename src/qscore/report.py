@@ -154,12 +154,12 @@ def compose(panel: Panel, filmed: Sequence[Block]) -> list[Block]:
     """The blocks of a report, the answer first."""
     blocks: list[Block] = []
     colors = {name: plots.color(panel, name) for name in panel.names}
-    scores, unit = _scores(panel)
+    scores = panel.scores(Task.last_returns)
     ranking = ranked(scores)
-    blocks.append(Text(_verdict(ranking, scores, unit), verdict=True))
+    blocks.append(Text(_verdict(ranking, scores, panel.unit), verdict=True))
     if len(ranking) > 1:
         caption = "Interquartile mean over seeds and its 95% bootstrap interval, best first."
-        figure = plots.figure_intervals(panel, ranking, unit)
+        figure = plots.figure_intervals(panel, ranking, panel.unit)
         blocks.append(Pictures([Picture(caption, figure)]))
         blocks.append(_comparison(ranking, scores))
     if len(panel.tasks) > 1 and len(ranking) > 1:
@@ -179,22 +179,6 @@ def compose(panel: Panel, filmed: Sequence[Block]) -> list[Block]:
     blocks.append(Heading("What was run, and how to repeat it"))
     blocks += _settings(panel)
     return blocks
-
-
-def _scores(panel: Panel) -> tuple[dict[str, list[list[float]]], str]:
-    """Final scores of each method that was run on every task: for each task, one of every seed;
-
-    and what they are. Of one task they are returns, of several normalised ones.
-    """
-    several = len(panel.tasks) > 1
-    scores: dict[str, list[list[float]]] = {}
-    for name, methods in panel.everywhere.items():
-        ends = [
-            (task, method.returns(task.final_step))
-            for task, method in zip(panel.tasks, methods, strict=True)
-        ]
-        scores[name] = [task.normalized(values) if several else values for task, values in ends]
-    return scores, "normalised return" if several else "return"
 
 
 def _ranges(panel: Panel) -> Table:
@@ -264,7 +248,7 @@ def _of_task(panel: Panel, task: Task) -> list[Block]:
     }
     blocks: list[Block] = []
     if len(panel.tasks) > 1:
-        scores = {method.name: [method.returns(task.final_step)] for method in task.methods}
+        scores = {method.name: [task.last_returns(method)] for method in task.methods}
         blocks.append(Text(_verdict(ranked(scores), scores, "return")))
     blocks += [
         Pictures(
@@ -313,7 +297,7 @@ def _final_table(task: Task) -> Table:
     header += ["mean over training", f"over its first {EARLY:.0%}", "steps/s", "every seed"]
     rows = []
     for method in task.methods:
-        values = method.returns(task.final_step)
+        values = task.last_returns(method)
         low, high = bootstrap_interval(values)
         middle = interquartile_mean(values)
         row = [
