@@ -177,7 +177,7 @@ def keep(jobs: Sequence[Job], runs: Path, records: Path) -> None:
     for job in jobs:
         if not finished(job, runs):
             continue
-        source, copy = job.folder(runs), job.folder(records)
+        source, copy = _opened(job, job.folder(runs)).folder, job.folder(records)
         copy.mkdir(parents=True, exist_ok=True)
         for name in RECORD:
             shutil.copyfile(source / name, copy / name)

@@ -27,6 +27,7 @@ import qscore as qs
 from qscore import cli, datasets, replay
 from qscore.config import Range
 from qscore.environments import ENVIRONMENTS
+from qscore.panel import read_panel
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -444,9 +445,14 @@ def test_the_table_of_an_experiment_is_its_results(path, monkeypatch):
     (kept,) = results.keys() & {"algorithms", "variants", "tasks"}
     page = (DOCS / "experiments" / f"{script.stem}.md").read_text()
     assert module.table(results[kept]) in page
+    assert f"../assets/{path.stem}.png" in page
     if "overall" in results:
         assert module.overall_table(results["overall"]) in page
-    assert f"../assets/{path.stem}.png" in page
+        # and they are those of the runs whose records lie beside them
+        records = path.with_suffix("")
+        jobs = module.everything(path.stem.removeprefix("panel_"), [], records)
+        folders = [job.folder(records) for job in jobs if module.finished(job, records)]
+        assert module.contents(read_panel(folders)).items() <= results.items()
 
 
 def test_the_errors_against_the_closed_form_are_the_committed_results():
