@@ -95,7 +95,7 @@ def jobs(name: str, args: argparse.Namespace) -> list[Job]:
                         qs.Host(task),
                         steps,
                         seed,
-                        steps // 20,
+                        steps // (5 if args.quick else 20),
                         1 if args.quick else 10,
                     )
                 )

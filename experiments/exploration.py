@@ -40,6 +40,7 @@ ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sac": (qs.SAC, {}),
     "td3": (qs.TD3, {}),
 }
+QUICK = ("qsm", "diffusion_ql")
 
 
 def reward(point: np.ndarray) -> float:
@@ -144,7 +145,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.quick:
         fields = {"warmup_steps": 500, "hidden": (32, 32), "batch_size": 64}
     results, commits = read(places(args)[1])
-    for name, (kind, own) in ALGORITHMS.items():
+    for name in QUICK if args.quick else ALGORITHMS:
+        kind, own = ALGORITHMS[name]
         for seed in range(seeds):
             if str(seed) not in results.setdefault(name, {}):
                 commits = sorted({*commits, commit()})
