@@ -134,6 +134,14 @@ def row(task: Task, method: Method) -> dict[str, Any]:
     }
 
 
+def rows(found: Panel) -> dict[str, Any]:
+    """The figures of every method on each task."""
+    return {
+        task.name: {method.name: row(task, method) for method in task.methods}
+        for task in found.tasks
+    }
+
+
 def overall(found: Panel) -> dict[str, Any]:
     """The figures over all tasks of the algorithms that were run on each, the best first."""
     ends, early = found.scores(Task.last_returns), found.scores(early_returns)
@@ -199,10 +207,7 @@ def contents(found: Panel) -> dict[str, Any]:
     return {
         "steps": {task.name: task.final_step for task in found.tasks},
         "overall": overall(found) if len(found.tasks) > 1 else {},
-        "tasks": {
-            task.name: {method.name: row(task, method) for method in task.methods}
-            for task in found.tasks
-        },
+        "tasks": rows(found),
     }
 
 
