@@ -60,6 +60,17 @@ class Job:
     eval_episodes: int = 10
     precision: Precision = "f32"
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of its run that are the experiment's choice."""
+        return {
+            "steps": self.steps,
+            "seed_start": self.seed,
+            "eval_every": self.eval_every,
+            "eval_episodes": self.eval_episodes,
+            "precision": self.precision,
+        }
+
     def folder(self, runs: Path) -> Path:
         return runs / self.name / f"seed-{self.seed}"
 
@@ -124,17 +135,7 @@ def _train(job: Job, folder: Path) -> None:
         _opened(job, folder)
         qs.resume(folder)
         return
-    qs.train(
-        job.algorithm,
-        job.environment,
-        steps=job.steps,
-        seed_start=job.seed,
-        eval_every=job.eval_every,
-        eval_episodes=job.eval_episodes,
-        precision=job.precision,
-        keep_checkpoints=1,
-        out=folder,
-    )
+    qs.train(job.algorithm, job.environment, **job.settings, keep_checkpoints=1, out=folder)
 
 
 def panel(jobs: Sequence[Job], runs: Path) -> Panel:
@@ -147,14 +148,7 @@ def panel(jobs: Sequence[Job], runs: Path) -> Panel:
 def _opened(job: Job, folder: Path) -> Run:
     """The run in a job's folder. Raises `UsageError` where it is of other settings than the job."""
     run = Run.open(folder)
-    settings = replace(
-        run.settings,
-        steps=job.steps,
-        seed_start=job.seed,
-        eval_every=job.eval_every,
-        eval_episodes=job.eval_episodes,
-        precision=job.precision,
-    )
+    settings = replace(run.settings, **job.settings)
     asked = Run(folder, job.algorithm, job.environment, settings, run.versions)
     if asked != run:
         raise UsageError(
