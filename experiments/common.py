@@ -120,7 +120,7 @@ def _attempt(job: Job, runs: Path) -> bool:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        if not (folder / "summary.json").is_file():
+        if not finished(job, runs):
             with open(folder.with_suffix(COMMITS), "a") as file:
                 file.write(f"{commit()}\n")
             try:
@@ -140,9 +140,8 @@ def _train(job: Job, folder: Path) -> None:
 
 def panel(jobs: Sequence[Job], runs: Path) -> Panel:
     """The runs that have been evaluated, side by side."""
-    folders = {job.folder(runs): job for job in jobs}
-    evaluated = [folder for folder in folders if (folder / "evals.jsonl").is_file()]
-    return arrange([_opened(folders[folder], folder) for folder in evaluated])
+    evaluated = [job for job in jobs if (job.folder(runs) / "evals.jsonl").is_file()]
+    return arrange([_opened(job, job.folder(runs)) for job in evaluated])
 
 
 def _opened(job: Job, folder: Path) -> Run:

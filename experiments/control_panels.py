@@ -134,7 +134,7 @@ def row(task: Task, method: Method) -> dict[str, Any]:
     }
 
 
-def rows(found: Panel) -> dict[str, Any]:
+def by_task(found: Panel) -> dict[str, Any]:
     """The figures of every method on each task."""
     return {
         task.name: {method.name: row(task, method) for method in task.methods}
@@ -207,7 +207,7 @@ def contents(found: Panel) -> dict[str, Any]:
     return {
         "steps": {task.name: task.final_step for task in found.tasks},
         "overall": overall(found) if len(found.tasks) > 1 else {},
-        "tasks": rows(found),
+        "tasks": by_task(found),
     }
 
 

@@ -452,7 +452,7 @@ def test_the_table_of_an_experiment_is_its_results(path, monkeypatch):
         records = path.with_suffix("")
         jobs = module.everything(path.stem.removeprefix("panel_"), [], records)
         folders = [job.folder(records) for job in jobs if module.finished(job, records)]
-        assert module.rows(read_panel(folders)) == results["tasks"]
+        assert module.by_task(read_panel(folders)) == results["tasks"]
 
 
 def test_the_errors_against_the_closed_form_are_the_committed_results():
