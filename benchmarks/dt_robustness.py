@@ -2,7 +2,7 @@
 
     python benchmarks/dt_robustness.py                 # about twenty minutes on two cores
     python benchmarks/dt_robustness.py --irregular     # steps of random length instead
-    python benchmarks/dt_robustness.py --quick --out quick.json
+    python benchmarks/dt_robustness.py --quick            # in runs/
 
 One linear-quadratic problem (one unstable state, one action), learned at several control steps for
 the same physical time: a step ten times shorter gives ten times as many transitions and updates.
@@ -410,17 +410,19 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--irregular", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="one seed, two steps, 40 s")
+    parser.add_argument("--quick", action="store_true", help="one seed, two steps, less experience")
     parser.add_argument("--only", nargs="+", choices=list(LEARNERS))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--figure", type=Path, help="where to draw; not for --irregular")
     args = parser.parse_args()
     names = ["cqsm", "cqsm features"] if args.irregular else list(LEARNERS)
     name = "irregular-dt" if args.irregular else "dt-robustness"
-    out = args.out or ROOT / "benchmarks" / "results" / f"{name}.json"
+    usual = f"runs/{name}-quick.json" if args.quick else f"benchmarks/results/{name}.json"
+    out = args.out or ROOT / usual
+    out.parent.mkdir(parents=True, exist_ok=True)
     results = benchmark(
         args.only or (["cqsm", "q"] if args.quick else names),
-        [STEPS[0], STEPS[-1]] if args.quick else list(STEPS),
+        [STEPS[0], STEPS[2]] if args.quick else list(STEPS),
         list(range(args.seeds or (1 if args.quick else 3 if args.irregular else 5))),
         40.0 if args.quick else SECONDS,
         out,

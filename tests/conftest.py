@@ -5,6 +5,8 @@ import gc
 import os
 
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws classic-control tasks off screen
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is one per core: more threads are in their way
+    os.environ.setdefault("PJRT_NPROC", "1")
 
 import jax
 import optax

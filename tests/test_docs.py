@@ -329,6 +329,7 @@ def flags() -> dict[str, set[str]]:
     found = {}
     pairs = [["train", name, "Pendulum-v1"] for name in ("qsm", "sac", "td3", "diffusion_ql")]
     pairs.append(["train", "cqsm", "lq"])
+    pairs.append(["train", "td3", "Pendulum-v1", "--algorithm.preset", "offline"])
     for command in (*pairs, *([name] for name in cli.SIMPLE)):
         with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as done:
             cli.main([*command, "--help"])
@@ -417,7 +418,9 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[-\s]+", "-", heading) for heading in plain}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "README.md"], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_internal_links_and_paths_resolve(page):
     links = re.findall(r"\]\(([^)\s]+)\)", prose(page))
     for link in links:

@@ -277,7 +277,9 @@ def tasks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     (folder / "sweep_tasks.py").write_text(TASKS)
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {
+    environ = dict(os.environ)
+    environ.pop("PJRT_NPROC", None)  # trials have cores of their own
+    return environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "SWEEP_MARKER": str(folder / "died"),
         "RAY_worker_niceness": "0",  # the other tests would leave them little at Ray's 15
