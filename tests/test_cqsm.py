@@ -218,6 +218,18 @@ def test_features_are_all_monomials_up_to_degree_two_times_polynomials_of_time()
     np.testing.assert_allclose(timed, expected, rtol=1e-6)
 
 
+def test_a_prescribed_cost_is_a_reward_and_no_time():
+    spec = qs.Spec(1, 1, dt=0.2, score_cost=19.2, discount_rate=0.3)
+    for algorithm, cost in (
+        (qs.CQSM(), 0.05),
+        (qs.CQSM(cost_unit="reward"), 19.2),
+        (qs.CQSM(score_cost=0.4), 0.4),
+    ):
+        constants = algorithm.constants(spec)
+        assert float(constants.score_cost) == pytest.approx(cost)
+        assert float(constants.discount_rate) == pytest.approx(0.3)
+
+
 def test_the_action_process_has_the_scores_drift_and_the_given_noise():
     algorithm = qs.CQSM(critic="features", inner_steps=50, first_action=0.0, cost_unit="reward")
     spec = qs.Spec(1, 1, dt=0.2, score_cost=0.5, action_noise=((0.3,),))

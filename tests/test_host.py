@@ -90,7 +90,9 @@ def test_dm_control_is_flattened_and_has_its_time_limit():
     assert not any(s.terminated for s in steps)
 
 
-@pytest.mark.parametrize("id", ["HalfCheetah-v5", "dm_control/cartpole-swingup-v0"])
+@pytest.mark.parametrize(
+    "id", ["HalfCheetah-v5", "dm_control/cartpole-swingup-v0", "dm_control/walker-walk-v0"]
+)
 def test_the_control_step_keeps_seconds_and_the_scale_of_returns(id):
     usual = Host(id).open()
     halved = Host(id, dt=usual.spec.dt * 2).open()

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +23,11 @@ import numpy as np
 import pytest
 
 import qscore as qs
-from qscore import checkpoint, train_host
+from qscore import checkpoint, memory, train_host
+from qscore.environments import LQ
 from qscore.folder import Run, alone, new_folder
 from qscore.log import ProgressBar
+from qscore.run import _Loop, check
 
 SMALL = {"hidden": (16, 16), "batch_size": 16, "warmup_steps": 60}
 TASKS = ["Pendulum-v1", "InvertedPendulum-v5"]
@@ -298,6 +301,65 @@ def test_training_does_not_wait_for_an_evaluation(tmp_path, monkeypatch):
     small_run(tmp_path / "run")
     monkeypatch.undo()
     assert_same_run(small_run(tmp_path / "usual").folder, tmp_path / "run")
+
+
+def test_results_without_a_checkpoint_are_not_replaced(tmp_path):
+    run = small_run(tmp_path / "run", steps=100)
+    shutil.rmtree(run.checkpoints)
+    kept = {path: path.read_bytes() for path in run.folder.iterdir() if path.is_file()}
+    with pytest.raises(qs.RunStopped, match=r"results \(summary.json\).*qscore train qsm Pendulum"):
+        qs.resume(run.folder, progress=False)
+    assert kept == {path: path.read_bytes() for path in run.folder.iterdir() if path.is_file()}
+    (run.folder / "summary.json").unlink()
+    with pytest.raises(qs.RunStopped, match=r"results \(evals.jsonl\)"):
+        qs.resume(run.folder, steps=200, progress=False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_beside_the_loop_says_how_to_go_on(tmp_path, monkeypatch, number):
+    run = small_run(tmp_path / "run", steps=100)
+    usual = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+
+    def interrupted(*args):
+        signal.raise_signal(number)
+
+    for place in ("restore", "_summarize"):
+        with monkeypatch.context() as patch:
+            patch.setattr(_Loop, place, interrupted)
+            with pytest.raises(qs.Interrupted, match="continue with: qscore resume .*run"):
+                qs.resume(run.folder, steps=200, progress=False)
+    assert usual == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    assert qs.resume(run.folder, steps=200, progress=False).summary["env_steps"] == 200
+
+
+def test_a_problem_without_a_closed_form_is_refused_before_it_is_trained_in(tmp_path):
+    text = json.dumps({**json.loads(LQ("lq").problem), "B": [[0.0]], "noise": []})
+    algorithm = qs.CQSM(preset="linear_quadratic")
+    with pytest.raises(qs.UsageError, match="not stabilisable: the mode of `A`"):
+        qs.train(algorithm, LQ("lq", problem=text), steps=1_280, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    check(qs.TD3(), LQ("lq", problem=text), qs.Settings(steps=1_280))  # compares nothing
+    with pytest.raises(
+        ValueError, match="`problem` must be the JSON text .* not its name.* Got 'p"
+    ):
+        LQ("lq", problem="problem.json")
+
+
+def test_what_a_learner_holds_must_fit(monkeypatch):
+    algorithm = qs.CQSM(critic="features", replay_capacity=1_000)
+    monkeypatch.setattr(memory, "available", lambda: 8 * 2**30)
+    with pytest.raises(
+        qs.UsageError, match=r"a run takes \d\d\.\d GiB .*; 8\.0 GiB.*network critics"
+    ):
+        check(algorithm, qs.Host("Ant-v5"), qs.Settings(steps=2_000))
+
+
+def test_an_algorithm_of_ones_own_is_refused_by_name(tmp_path):
+    class Mine(qs.QSM):
+        pass
+
+    with pytest.raises(qs.UsageError, match=r"`algorithm` is a Mine.*qsm, cqsm, sac"):
+        qs.train(Mine(), "Pendulum-v1", out=tmp_path / "run")
 
 
 def test_a_class_is_no_algorithm(tmp_path):

@@ -84,6 +84,29 @@ def test_the_files_of_the_documentation_are_in_order():
     )
 
 
+def test_draws_stay_within_their_range():
+    generator = np.random.default_rng(0)
+    for log in (False, True):
+        narrow = Dimension(low=0.9999, high=0.99999, log=log)
+        drawn = {narrow.draw(generator) for _ in range(100)}
+        assert all(narrow.holds(value) for value in drawn) and len(drawn) > 1
+        assert narrow.rounded(0.999_99) == 0.999_99
+
+
+def test_a_problem_may_be_a_file(tmp_path, monkeypatch):
+    head = 'algorithms = ["cqsm"]\nenvironments = ["lq"]\n[environment.lq]\n'
+    file = tmp_path / "problem.json"
+    file.write_text(LQ("lq").problem)
+    (trial,) = parse(f'{head}problem = "{file}"', "s.toml").trials
+    assert isinstance(trial.environment, LQ)
+    assert json.loads(trial.environment.problem) == json.loads(LQ("lq").problem)
+    with pytest.raises(qs.UsageError, match=r"s.toml, line 4: cannot read .*gone.json: No such"):
+        parse(f'{head}problem = "{tmp_path}/gone.json"', "s.toml")
+    file.write_text("[" * 100_000)
+    with pytest.raises(qs.UsageError, match=r"problem.json is not valid JSON"):
+        parse(f'{head}problem = "{file}"', "s.toml")
+
+
 def test_whole_numbers_stand_for_real_ones():
     text = 'algorithms = ["qsm"]\nenvironments = ["lq"]\n[algorithm]\nscore_scale = 30'
     (trial,) = parse(text, "g.toml").trials
@@ -181,6 +204,10 @@ BAD = {
     "too many seeds": (changed("[3, 4, 7]", "1000000000"), "line 4: `seeds` is 1000000000;"),
     "too large a seed": (changed("7]", "99999999999]"), r"line 4: `seed_start` must lie"),
     "too many trials": (changed("[1, 2]", str(list(range(1, 20000)))), "line 18: .* at most"),
+    "too many samples": (
+        "seeds = 11" + SEARCH.replace("samples = 40", "samples = 10_000"),
+        "line 5: a sweep has at most 100000 trials; got 10000 `samples` for each of 1 pairs and 11",
+    ),
     "too long a name": (changed("[8]", str([1000] * 60)), "line 18: a folder would have a name of"),
     "one field twice": (
         GRID + '"algorithm.hidden" = [[8], [9]]', "line 21: .* sets what 'algorithm.qsm.h"
@@ -706,7 +733,7 @@ def test_a_sweep_never_writes_into_what_is_there(tmp_path):
 
 
 def test_what_a_trial_would_refuse_is_refused_with_its_line(tmp_path, monkeypatch):
-    few = types.SimpleNamespace(available=2**20)
+    few = types.SimpleNamespace(available=2**26)
     monkeypatch.setattr("psutil.virtual_memory", lambda: few)
     path = tmp_path / "s.toml"
     head = f'out = "{tmp_path}/out"\nalgorithms = ["td3"]\nenvironments = ["lq"]\n'
@@ -720,7 +747,7 @@ def test_what_a_trial_would_refuse_is_refused_with_its_line(tmp_path, monkeypatc
         (
             "[settings]\nsteps = 1_280_000\n[algorithm]\nreplay_capacity = 1_280_000",
             7,
-            "the replay buffers take",
+            r"a run takes 0.0 GiB \(1 x 1280000 transitions",
         ),
     ):
         path.write_text(head + rest)

@@ -25,11 +25,19 @@ import tyro
 
 from qscore import bench, lq, playback, run
 from qscore.algorithms import ALGORITHMS
-from qscore.environments import ENVIRONMENTS, environment_class
+from qscore.environments import ENVIRONMENTS, EnvironmentFailure, environment_class
 from qscore.environments.host import known_ids
 from qscore.errors import Interrupted, RunStopped, TrainingDiverged, UsageError
 from qscore.export import export
-from qscore.folder import Run, Settings, presets, usual_preset, usual_steps
+from qscore.folder import (
+    Run,
+    Settings,
+    parsed,
+    presets,
+    problem_text,
+    usual_preset,
+    usual_steps,
+)
 from qscore.panel import read_panel
 from qscore.products import Precision
 from qscore.sweep import sweep
@@ -57,7 +65,7 @@ class Eval:
     episodes: int = Settings.eval_episodes
     """Episodes per trained seed, in [1, inf)."""
     seed: int = 0
-    """Which set of episode starts, in [0, inf); training evaluates on 0."""
+    """Which set of episode starts, in [0, 2^32); training evaluates on 0."""
     best_of: int = 1
     """Also act with the best of N sampled actions by the critic, in [1, inf); reported beside."""
     video: Path | None = None
@@ -191,7 +199,7 @@ def main(args: list[str] | None = None) -> None:
         _fail(3, error)
     except Interrupted as error:
         _fail(130, error)
-    except RunStopped as error:
+    except (RunStopped, EnvironmentFailure) as error:
         _fail(1, error)
     except KeyboardInterrupt:
         _fail(130, "interrupted")
@@ -307,16 +315,7 @@ def _inline_problem(args: list[str]) -> list[str]:
         if name == flag and (equals or i + 1 < len(args)):
             place = i if equals else i + 1
             given = value if equals else args[place]
-            if given.lstrip().startswith("{"):
-                continue  # the text itself, as a run's own command has it
-            path = Path(given)
-            try:
-                text = json.dumps(json.loads(path.read_text()))
-                lq.Problem.from_json(text)
-            except OSError as error:
-                raise UsageError(f"cannot read the problem {path}: {error}.") from error
-            except ValueError as error:
-                raise UsageError(f"{path}: {error}") from error
+            text = problem_text(given)
             args[place] = f"{flag}={text}" if equals else text
     return args
 
@@ -410,7 +409,7 @@ def _list(asked: List) -> None:
 
 
 def _lq(asked: Lq) -> None:
-    problem = _read(asked.problem, lq.Problem.from_json)
+    problem = parsed(asked.problem, lq.Problem.from_json)
     if asked.at is not None and problem.terminal is None:
         raise UsageError(f"--at {asked.at:g} needs a problem with a `terminal`; it has none.")
     at = asked.at or 0.0
@@ -418,7 +417,7 @@ def _lq(asked: Lq) -> None:
         if asked.score is None:
             solution = lq.solve(problem, at=at)
         else:
-            K, k = _read(asked.score, problem.read_score)
+            K, k = parsed(asked.score, problem.read_score)
             solution = lq.evaluate(problem, K, k, at=at)
     except ValueError as error:
         raise UsageError(f"{asked.problem}: {error}") from error
@@ -435,20 +434,6 @@ def _lq(asked: Lq) -> None:
         rows = value if name in "PK" else [value if isinstance(value, list) else [value]]
         for i, row in enumerate(rows):
             print(f"{name if i == 0 else '':<10}" + " ".join(f"{number:14.8g}" for number in row))
-
-
-def _read(path: Path, parse: Callable[[str], T]) -> T:
-    """What a JSON file holds; every failure names the file."""
-    try:
-        return parse(path.read_text())
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not a text file.") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UsageError(f"{path} is not valid JSON: {error}.") from error
-    except ValueError as error:
-        raise UsageError(f"{path}: {error}") from error
 
 
 def _plot(asked: Plot) -> None:

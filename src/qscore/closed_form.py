@@ -14,6 +14,7 @@ t + dt/2, so what is learned is compared a half step on, `continuous` below: wit
 of order dt would hide those of learning.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -163,7 +164,7 @@ def _compiled(algorithm: Any, environment: LQ) -> tuple[Callable[..., Any], Call
 def _return_gap(environment: LQ, score: Callable[..., Any]) -> Callable[[State], float]:
     """(J* - J) / |J*| of an agent, from the environment's starts, with a first action like its
 
-    first state. `score` is a function of (agent, state, action, time).
+    first state; NaN where J* is 0. `score` is a function of (agent, state, action, time).
     """
     problem = environment.solved_problem
     n, d, dt = problem.state_size, problem.action_size, environment.dt
@@ -173,8 +174,11 @@ def _return_gap(environment: LQ, score: Callable[..., Any]) -> Callable[[State],
         steps = int(np.ceil(-np.log(TAIL) / (rate * dt)))
         solutions = [lq.solve(problem)]
     else:
-        steps = int(np.ceil(problem.terminal.T / dt))
-        solutions = [lq.solve(problem, min(i * dt, problem.terminal.T)) for i in range(steps)]
+        steps = int(np.ceil(problem.terminal.T / dt - 1e-6))
+        dt = (
+            problem.terminal.T / steps
+        )  # the environment's last step may be shorter; these are even
+        solutions = [lq.solve(problem, i * dt) for i in range(steps)]
     K = jnp.asarray(np.stack([s.K for s in solutions]), jnp.float32)
     k = jnp.asarray(np.stack([s.k for s in solutions]), jnp.float32)
     spread = environment.spread**2 * np.eye(n + d)
@@ -212,4 +216,4 @@ def _return_gap(environment: LQ, score: Callable[..., Any]) -> Callable[[State],
 
     keys = jr.split(jr.key(0), PATHS)
     gap = jax.jit(lambda agent: jnp.mean(jax.vmap(lambda key: path(agent, key))(keys)))
-    return lambda agent: float(gap(agent)) / scale
+    return lambda agent: float(gap(agent)) / scale if scale else math.nan

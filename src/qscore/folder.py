@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
+from qscore import lq
 from qscore.algorithms import ALGORITHMS, algorithm_name
 from qscore.algorithms.base import Algorithm
 from qscore.config import Range, validate
@@ -265,10 +266,15 @@ def environment_name(environment: Environment) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a small JSON file as a whole: never half of it, whenever the machine dies."""
+    """Write a small JSON file as a whole."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file as a whole: never half of it, whenever the machine dies."""
     scratch = path.with_suffix(".tmp")
     with open(scratch, "w") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
@@ -311,6 +317,36 @@ def as_usage_error(function: Callable[[], T]) -> T:
         return function()
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def parsed(path: Path, parse: Callable[[str], T]) -> T:
+    """What a JSON file holds; every failure names the file."""
+    try:
+        return parse(path.read_text())
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not a text file.") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UsageError(f"{path} is not valid JSON: {error}.") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def problem_text(given: str) -> str:
+    """The text of a linear-quadratic problem: what is given, or what the file of that name holds.
+
+    A run keeps the text, for it must not lean on the file. Raises `UsageError` for a file that
+    cannot be read or holds no problem.
+    """
+    if given.lstrip().startswith("{"):
+        return given
+
+    def checked(text: str) -> str:
+        lq.Problem.from_json(text)
+        return json.dumps(json.loads(text))
+
+    return parsed(Path(given), checked)
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:

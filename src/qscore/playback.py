@@ -96,8 +96,8 @@ def evaluate(
     run = Run.open(folder)
     if episodes < 1:
         raise UsageError(f"`episodes` must be at least 1, got {episodes}.")
-    if seed < 0:
-        raise UsageError(f"`seed` must be at least 0, got {seed}.")
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"`seed` must lie in [0, 2^32), got {seed}.")
     if video is not None and Path(video).suffix not in (".mp4", ".gif"):
         raise UsageError(f"`video` must end in .mp4 or .gif, got {str(video)!r}.")
     if record is None and (random_share, noise, explore) != (0.0, 0.0, False):

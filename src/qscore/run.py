@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qscore import checkpoint, datasets, memory, replay
+from qscore import checkpoint, datasets, lq, memory, replay
 from qscore.algorithms import algorithm_name
 from qscore.algorithms.base import Algorithm
 from qscore.closed_form import Comparison, compare
@@ -42,7 +42,14 @@ from qscore.log import ProgressBar, RunLog
 from qscore.panel import arrange
 from qscore.products import Precision
 from qscore.statistics import summarize
-from qscore.train_host import Diverged, Session, chunk_steps, inadmissible, replay_rows
+from qscore.train_host import (
+    Diverged,
+    Session,
+    agent_shapes,
+    chunk_steps,
+    inadmissible,
+    replay_rows,
+)
 from qscore.types import Spec
 
 PLOT_SECONDS = 15.0
@@ -83,6 +90,7 @@ def train(
     """
     if isinstance(algorithm, type) or not hasattr(algorithm, "update"):
         raise UsageError(f"`algorithm` is {algorithm!r}; it must be one with its fields: qs.QSM().")
+    algorithm_label = as_usage_error(lambda: algorithm_name(algorithm))
     task: Environment = (
         environment_class(environment)(id=environment)
         if isinstance(environment, str)
@@ -119,7 +127,7 @@ def train(
             file=sys.stderr,
         )
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    usual = f"{algorithm_name(algorithm)}-{name.replace('/', '-')}-{stamp}"
+    usual = f"{algorithm_label}-{name.replace('/', '-')}-{stamp}"
     folder = Path("runs") / usual if out is None else Path(out)
     with contextlib.ExitStack() as held:
         try:
@@ -133,11 +141,8 @@ def train(
             run.save_config()
         except OSError as error:
             raise UsageError(f"cannot write to `out`, {folder}: {error}.") from error
-        try:
-            loop = _Loop(run, data, progress=progress)
-        except KeyboardInterrupt:
-            raise Interrupted(f"interrupted before training began; {run.how_to_resume}") from None
-        loop.go()
+        with _resumable(run):
+            _Loop(run, data, progress=progress).go()
     return run
 
 
@@ -169,7 +174,7 @@ def resume(folder: str | os.PathLike, *, steps: int | None = None, progress: boo
         if installed_versions().get(name) != old
     ]
     data = _load_data(run.settings, run.algorithm, run.environment)
-    with alone(run.folder):
+    with alone(run.folder), _resumable(run):
         loop = _Loop(run, data, progress=progress)
         if differing:
             changes = ", ".join(differing)
@@ -185,6 +190,25 @@ def resume(folder: str | os.PathLike, *, steps: int | None = None, progress: boo
             raise
         loop.go()
     return run
+
+
+@contextlib.contextmanager
+def _resumable(run: Run) -> Iterator[None]:
+    """An interrupt that the loop does not see says how to go on as well: while programs are
+
+    compiled, a checkpoint is read, or a run is compared at its end; and the second one.
+    """
+    ours = threading.current_thread() is threading.main_thread()  # only it may handle signals
+    usual = signal.getsignal(signal.SIGTERM)
+    if ours:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; {run.how_to_resume}") from None
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, usual)
 
 
 def check(algorithm: Algorithm, environment: Environment, settings: Settings) -> Settings:
@@ -216,7 +240,7 @@ def _load_data(
 ) -> Dataset | None:
     """The data set of a run. Opens the environment once: what is wrong with either is said here,
 
-    and that the replay buffers do not fit.
+    that the buffers do not fit, and that the closed form a run ends with does not exist.
     """
     task = as_usage_error(environment.open)
     try:
@@ -229,13 +253,21 @@ def _load_data(
             f"`algorithm.replay_capacity`, {algorithm.replay_capacity}."
         )
     _check_memory(settings, algorithm, environment, task.spec, 0 if data is None else len(data))
+    if (compared := _compared(algorithm, environment)) is not None:
+        as_usage_error(lambda: lq.solve(compared.solved_problem))
     return data
+
+
+def _compared(algorithm: Algorithm, environment: Environment) -> LQ | None:
+    """The environment, if a run in it ends in a comparison with its closed form."""
+    ours = isinstance(environment, LQ) and hasattr(algorithm, "value_and_score")
+    return environment if ours else None
 
 
 def _check_memory(
     settings: Settings, algorithm: Algorithm, environment: Environment, spec: Spec, recorded: int
 ) -> None:
-    """Refuse replay buffers that the free memory does not hold twice: a checkpoint copies them."""
+    """Refuse what the free memory does not hold twice: a checkpoint copies it."""
     rows = replay_rows(
         algorithm,
         environment,
@@ -246,13 +278,22 @@ def _check_memory(
     size = replay.row_bytes(spec)
     stats = jax.devices()[0].memory_stats()  # none on a CPU
     free = stats["bytes_limit"] - stats["bytes_in_use"] if stats else memory.available()
-    needed = settings.seeds * rows * size
-    if 2 * needed > free:
-        raise UsageError(
-            f"the replay buffers take {needed / 2**30:.1f} GiB ({settings.seeds} x {rows} "
-            f"transitions of {size} bytes), and as much again while a checkpoint is written; "
-            f"{free / 2**30:.1f} GiB are free. Lower `algorithm.replay_capacity` or `seeds`."
-        )
+    leaves = jax.tree.leaves(agent_shapes(algorithm, spec))
+    learner = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    needed = settings.seeds * (rows * size + learner)
+    if 2 * needed <= free:
+        return
+    sizes = (
+        f"{settings.seeds} x {rows} transitions of {size} bytes and {learner / 2**20:.1f} MiB "
+        "that are learned"
+    )
+    remedy = "Lower `algorithm.replay_capacity` or `seeds`."
+    if learner > rows * size:
+        remedy = "Take fewer `seeds`, smaller networks, or network critics in place of features."
+    raise UsageError(
+        f"a run takes {needed / 2**30:.1f} GiB ({sizes}), and as much again while a checkpoint is "
+        f"written; {free / 2**30:.1f} GiB are free. {remedy}"
+    )
 
 
 def _check_multiples(settings: Settings, rows: int) -> None:
@@ -312,6 +353,7 @@ class _Loop:
         if found is None:
             if checkpoint.steps(folder):
                 raise RunStopped(f"no checkpoint in {folder} is intact; the run cannot be resumed.")
+            self._refuse_results()
             return
         path, header = found
         if self.data is not None and header["dataset"] != self.data.sha256:
@@ -333,6 +375,16 @@ class _Loop:
                 )
         checkpoint.discard_after(folder, self.env_steps)  # corrupt, or one would have been used
         self.log = RunLog(self.run.folder, header["offsets"], self.env_steps)
+
+    def _refuse_results(self) -> None:
+        """Without a checkpoint a run begins anew, which must not replace what it has written."""
+        for name in ("summary.json", "evals.jsonl", "metrics.jsonl"):
+            path = self.run.folder / name
+            if path.is_file() and path.stat().st_size:
+                raise RunStopped(
+                    f"{self.run.folder} has no checkpoint to go on from, but results ({name}), "
+                    f"which a new start would replace. To train it again: {self.run.command()}"
+                )
 
     def go(self) -> None:
         """From wherever the sessions are to the end."""
@@ -540,8 +592,8 @@ class _Loop:
                 name: [datasets.normalized(value, reference) for value in summary["final_returns"]]
                 for name, reference in names.items()
             }
-        environment, algorithm = self.run.environment, self.run.algorithm
-        if isinstance(environment, LQ) and hasattr(algorithm, "value_and_score"):
+        algorithm = self.run.algorithm
+        if (environment := _compared(algorithm, self.run.environment)) is not None:
             first, *others = self.sessions
 
             def compared(session: Session) -> Comparison:

@@ -17,5 +17,11 @@ ALGORITHMS: dict[str, type] = {
 
 
 def algorithm_name(algorithm: Algorithm) -> str:
-    """The registered name of an algorithm instance."""
-    return next(name for name, kind in ALGORITHMS.items() if type(algorithm) is kind)
+    """The registered name of an algorithm instance. Raises `ValueError` where there is none."""
+    for name, kind in ALGORITHMS.items():
+        if type(algorithm) is kind:
+            return name
+    raise ValueError(
+        f"`algorithm` is a {type(algorithm).__name__}, which is not registered; qscore.ALGORITHMS "
+        f"has {', '.join(ALGORITHMS)}."
+    )

@@ -172,7 +172,7 @@ class CQSMState(eqx.Module):
     average_score: Quadratic | ScoreMLP
     learner: FeatureLearner | NetworkLearner
     constants: Constants
-    gradient_scale: Float[Array, ""]  # running rms of grad_a Q, reward per unit action
+    gradient_scale: Float[Array, ""]  # rms of grad_a Q, reward per action; of networks, running
     learned: Float[Array, ""]  # seconds of experience learned from
     updates: Int[Array, ""]
     clock: tuple[str, ...] = eqx.field(static=True)
@@ -246,11 +246,12 @@ class CQSM:
     """beta per second, in [0, inf). None is what the task prescribes, else 0.2: a discount factor
     of 0.99 per step of 0.05 s."""
     score_cost: Annotated[float | None, Range(0, low_open=True)] = None
-    """lambda, in (0, inf); its unit is `cost_unit`. None is what the task prescribes, else 0.05."""
+    """lambda, in (0, inf); its unit is `cost_unit`. None is what the task prescribes, where that is
+    `reward`, else 0.05."""
     cost_unit: Literal["gradient", "reward"] = preset_field()
-    """Unit of `score_cost`: `gradient` is seconds times the running size of grad_a Q, so that the
-    cost is the time in which a gradient of usual size moves the action by 1; `reward` is a
-    reward times seconds, as in the theory."""
+    """Unit of `score_cost`: `gradient` is seconds times the size of grad_a Q (its running mean; of
+    features the last batch's), so that the cost is the time in which a gradient of usual size moves
+    the action by 1; `reward` is a reward times seconds, as in the theory."""
     action_noise: Annotated[float | None, Range(0)] = None
     """sigma_a, in [0, inf), actions per sqrt(second). None is what the task prescribes, else 1.8:
     0.4 in a step of 0.05 s."""
@@ -324,12 +325,13 @@ class CQSM:
             return jnp.asarray(value, jnp.float32)
 
         noise = first(self.action_noise, spec.action_noise, ACTION_NOISE)
+        prescribed = spec.score_cost if self.cost_unit == "reward" else None  # as it is meant
         matrix = jnp.asarray(noise, jnp.float32)
         if matrix.ndim == 0:
             matrix = matrix * jnp.eye(spec.action_size)
         return Constants(
             discount_rate=number(first(self.discount_rate, spec.discount_rate, DISCOUNT_RATE)),
-            score_cost=number(first(self.score_cost, spec.score_cost, SCORE_COST)),
+            score_cost=number(first(self.score_cost, prescribed, SCORE_COST)),
             action_noise=matrix,
             dt=jnp.asarray(spec.dt, jnp.float32),
             horizon=jnp.asarray(spec.horizon if spec.horizon else 1.0, jnp.float32),
@@ -632,7 +634,7 @@ class CQSM:
         gradient = jax.vmap(jax.grad(Quadratic(theta, time_degree), argnums=1))(
             batch.obs, batch.action
         )
-        scale = jnp.sqrt(jnp.mean(gradient**2))
+        scale = jnp.sqrt(jnp.mean(gradient**2))  # features are 0 until they are fitted: no average
         state = eqx.tree_at(
             lambda s: (s.critic, s.score, s.learner, s.gradient_scale),
             state,

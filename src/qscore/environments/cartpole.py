@@ -21,6 +21,7 @@ class CartpoleSDE(SDEEnvironment):
     State (position m, velocity m/s, angle from upright rad, angular velocity rad/s), observed as
     (position, velocity, cos, sin, angular velocity); equations of Florian (2007) without friction.
     The reward rate is (1 + cos angle) / 2, less near the ends of the track: at most 1 per second.
+    An episode ends for good where the cart is 4.8 m from the middle.
     """
 
     dt: Annotated[float, Range(0, low_open=True)] = 0.02

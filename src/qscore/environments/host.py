@@ -163,8 +163,8 @@ def known_ids() -> list[str]:
     return sorted(id for _, id in newest.values())
 
 
-def _make(config: Host, render_mode: str | None, **kwargs: Any) -> gym.Env:
-    id = config.id
+def _make(config: Host, render_mode: str | None) -> gym.Env:
+    id, kwargs = config.id, {}
     if config.max_episode_steps is not None:
         kwargs["max_episode_steps"] = config.max_episode_steps
     if render_mode is not None:  # not every task takes the argument
@@ -291,11 +291,13 @@ def _set_dt(env: gym.Env, config: Host, native_dt: float, render_mode: str | Non
             f"{physics_step:g} s; got {dt:g}. The nearest is {max(substeps, 1) * physics_step:g}; "
             f"its own is {native_dt:g}."
         )
+    if is_dm_control:  # most of its tasks set their control step themselves and take no other
+        control = task._env
+        control._step_limit *= control._n_sub_steps / substeps  # of the same seconds
+        control._n_sub_steps = substeps
+        return env
     limit = _time_limit(env)
     env.close()
-    if is_dm_control:  # its time limit is in seconds and follows
-        kwargs = {"environment_kwargs": {"control_timestep": substeps * physics_step}}
-        return _make(config, render_mode, **kwargs)
     if config.max_episode_steps is None and limit is not None:
         steps = round(limit * native_dt / (substeps * physics_step))
         config = dataclasses.replace(config, max_episode_steps=steps)

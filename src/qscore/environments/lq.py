@@ -19,6 +19,11 @@ SCALAR = """{"A": [[0.3]], "B": [[1.0]], "noise": [{"C": [[0.2]], "D": [[0.1]], 
 
 @lru_cache
 def _problem(text: str) -> lq.Problem:
+    if not text.lstrip().startswith("{"):
+        raise ValueError(
+            "`problem` must be the JSON text of a problem, which begins with a brace: what a file "
+            f"holds, and not its name. Got {text!r}."
+        )
     return lq.Problem.from_json(text)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from qscore import run
 from qscore.errors import Interrupted, UsageError, how_to_install
-from qscore.folder import Run, differences
+from qscore.folder import Run, differences, write_text
 from qscore.sweep import local
 from qscore.sweep.board import Board, read_trials
 from qscore.sweep.spec import Sweep, Trial, parse
@@ -67,10 +67,10 @@ def sweep(
         _check_trials(asked)
         try:
             asked.out.mkdir(parents=True, exist_ok=True)
-            (asked.out / "sweep.toml").write_text(asked.file.text)
         except (OSError, ValueError) as error:
             asked.file.refuse(("out",), f"cannot write to `out`, {asked.out}: {error}.")
         with _alone(asked.out), run.interruptible() as stopping:
+            write_text(asked.out / "sweep.toml", asked.file.text)
             board = _board(asked, retry=retry, screen=progress)
             try:
                 todo = [board.entries[name].trial for name in board.names("waiting")]
@@ -102,12 +102,21 @@ def _read(path: Path) -> Sweep:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder of a sweep. Raises `UsageError` where another process does."""
-    with open(folder / "sweep.lock", "w") as file:
+    """Hold the folder of a sweep. Raises `UsageError` where another process does, or none can.
+
+    On a file system that locks no files nothing is held.
+    """
+    try:
+        file = open(folder / "sweep.lock", "w")  # noqa: SIM115 (below)
+    except OSError as error:
+        raise UsageError(f"cannot write to `out`, {folder}: {error}.") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"another process carries out the sweep in {folder}.") from None
+        except OSError:
+            pass
         yield
 
 

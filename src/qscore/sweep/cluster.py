@@ -35,7 +35,7 @@ from qscore.errors import RunStopped, UsageError
 from qscore.folder import cores_here, installed_versions
 from qscore.sweep.board import ENDED, Board
 from qscore.sweep.process import Attempt, Evaluation, wait, wait_for_end
-from qscore.sweep.spec import REPEATS, Dimension, Sweep, Trial, rounded
+from qscore.sweep.spec import REPEATS, Dimension, Sweep, Trial
 
 ANSWER_SECONDS = 120.0
 """How long a node may take to answer."""
@@ -379,7 +379,9 @@ def _chosen(sweep: Sweep) -> Callable[[Config], Trial]:
     def resolve(config: Config) -> Trial:
         return make(
             {
-                name: space[name].choices[value] if space[name].choices else rounded(value)
+                name: space[name].choices[value]
+                if space[name].choices
+                else space[name].rounded(value)
                 for name, value in config.items()
             }
         )

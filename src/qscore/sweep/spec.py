@@ -39,7 +39,15 @@ from qscore.algorithms.base import Algorithm
 from qscore.config import Range, validate
 from qscore.environments import Environment, environment_class
 from qscore.errors import UsageError
-from qscore.folder import Run, Settings, absolute, environment_name, usual_preset, usual_steps
+from qscore.folder import (
+    Run,
+    Settings,
+    absolute,
+    environment_name,
+    problem_text,
+    usual_preset,
+    usual_steps,
+)
 from qscore.panel import shortened
 
 T = TypeVar("T")
@@ -177,13 +185,14 @@ class Dimension:
             return int(generator.integers(int(self.low), int(self.high), endpoint=True))
         low, high = (math.log(end) if self.log else end for end in (self.low, self.high))
         value = generator.uniform(low, high)
-        value = math.exp(value) if self.log else value
-        return round(value) if self.whole else rounded(value)
+        return self.rounded(math.exp(value) if self.log else value)
 
-
-def rounded(value: int | float) -> int | float:
-    """A drawn value as it is used and written: to four digits; a whole one as it is."""
-    return value if isinstance(value, int) else float(f"{value:.4g}")
+    def rounded(self, value: int | float) -> int | float:
+        """A drawn value as it is used and written: whole, or to four digits and within the ends."""
+        assert self.low is not None and self.high is not None
+        if self.whole:
+            return round(value)
+        return min(max(float(f"{value:.4g}"), self.low), self.high)
 
 
 @dataclass(frozen=True)
@@ -391,6 +400,12 @@ def parse(text: str, source: str) -> Sweep:
     search, space = None, {}
     if "search" in reader.values:
         search, space = _search(reader, algorithms, environments)
+        if len(pairs) * len(blocks) * search.samples > MOST_TRIALS:
+            reader.refuse(
+                ("search", "samples"),
+                f"a sweep has at most {MOST_TRIALS} trials; got {search.samples} `samples` for "
+                f"each of {len(pairs)} pairs and {len(blocks)} blocks of seeds.",
+            )
         if axes:
             reader.refuse(("grid",), "give either [grid] or [search].")
         if search.sampler == "optuna" and (engine != "ray" or len(pairs) > 1):
@@ -618,6 +633,11 @@ def _trials(
             if path[0] == group:
                 place = ("search", "space") if "search" in reader.values else ("grid",)
                 fields[path[-1]], origins[path[-1]] = value, (*place, ".".join(path))
+        if group == "environment" and isinstance(fields.get("problem"), str):
+            try:
+                fields["problem"] = problem_text(fields["problem"])
+            except UsageError as error:
+                reader.refuse(origins["problem"], str(error))
         return reader.build(kind, fields, origins)
 
     task: Environment = configure(

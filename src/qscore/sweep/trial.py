@@ -50,7 +50,10 @@ def take_cores(count: int) -> list[IO]:
 
 
 def lock(folder: Path) -> IO | None:
-    """Hold a run folder; None where another process would not let go of it."""
+    """Hold a run folder; None where another process would not let go of it.
+
+    On a file system that locks no files nothing is held.
+    """
     file = open(folder.with_suffix(".lock"), "w")  # noqa: SIM115 (held while the trial runs)
     patience = time.monotonic() + LOCK_SECONDS
     while True:
@@ -61,6 +64,8 @@ def lock(folder: Path) -> IO | None:
             if time.monotonic() > patience:
                 return None
             time.sleep(0.2)
+        except OSError:
+            return file
 
 
 def end_with_input() -> None:
