@@ -523,6 +523,29 @@ def test_a_checkpoint_that_cannot_be_read_gives_way_to_the_one_before(tmp_path, 
     assert found and found[0].name == "100" and "cannot be read ([Errno 5]" in said[0]
 
 
+def test_a_checkpoint_that_training_replaces_meanwhile_is_no_trouble(tmp_path, monkeypatch, capsys):
+    run = small_run(tmp_path / "run", steps=200, eval_every=100)
+    newest = run.checkpoints / "200"
+    load, header = checkpoint.load, checkpoint.read_header
+    left = {"load": 1, "header": 1}
+
+    def replaced(name, usual):
+        def late(path, *args):
+            if left[name]:  # what was found is gone by now, and there is another
+                left[name] = 0
+                newest.rename(run.checkpoints / "300")
+            return usual(path, *args)
+
+        return late
+
+    monkeypatch.setattr(checkpoint, "load", replaced("load", load))
+    assert qs.load(run.folder) is not None and not left["load"]
+    (run.checkpoints / "300").rename(newest)
+    monkeypatch.setattr(checkpoint, "read_header", replaced("header", header))
+    assert qs.load(run.folder) is not None and not left["header"]
+    assert capsys.readouterr().err == ""
+
+
 def test_a_resume_that_cannot_write_is_one_message(tmp_path, monkeypatch):
     run = small_run(tmp_path / "run", steps=100)
 
@@ -663,11 +686,22 @@ def test_a_loaded_policy_acts_in_the_environments_units(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif"])
-def test_a_video_is_written(tmp_path, suffix):
+def test_a_video_is_written(tmp_path, monkeypatch, suffix):
     run = small_run(tmp_path / "run")
     film = tmp_path / f"film{suffix}"
     qs.evaluate(run.folder, episodes=1, video=film)
     assert film.stat().st_size > 10_000
+    before = film.read_bytes()
+
+    def failing(path, *args, **kwargs):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("imageio.v2.mimwrite", failing)
+    with pytest.raises(qs.UsageError, match="cannot write to `video`, .*film.*No space"):
+        qs.evaluate(run.folder, episodes=1, video=film)
+    assert film.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"run", film.name}
 
 
 def test_a_config_describes_the_run_it_came_from(tmp_path):

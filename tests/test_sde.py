@@ -14,10 +14,10 @@ import pytest
 
 import qscore as qs
 from qscore import sde
-from qscore.environments import ENVIRONMENTS, Portfolio
+from qscore.environments import ENVIRONMENTS, DoubleWell, Portfolio
 from qscore.environments.base import EnvironmentFailure
 from qscore.rollout import DeviceCollector, evaluate_on_device, record
-from qscore.train_host import Session, episode_seed
+from qscore.train_host import Observer, Session, episode_seed, evaluate, evaluation_policy
 
 PATHS = 4_000
 
@@ -291,6 +291,22 @@ def test_device_and_host_play_the_same_episodes(environment):
                 break
         assert len(rewards) == length
         assert sum(rewards) == pytest.approx(total, rel=1e-4, abs=1e-4)
+
+
+def test_an_evaluation_that_is_watched_is_the_same():
+    """With noise in the policy, beyond the episodes that go side by side."""
+    environment = DoubleWell("double_well", duration=0.5)
+    algorithm = qs.DiffusionQL(hidden=(8,), noise_levels=3)
+    agent = algorithm.init(environment.spec, key=jr.key(0))
+    policy = evaluation_policy(algorithm, environment.spec)
+    tasks = [environment.open() for _ in range(policy.rows)]
+    episodes = policy.rows + 3
+    alone, watched = (
+        evaluate(policy, agent, tasks, episodes=episodes, seed=3, observer=observer)
+        for observer in (None, Observer())
+    )
+    assert alone[1] == watched[1] and len(set(np.round(alone[0], 4))) == episodes
+    np.testing.assert_allclose(alone[0], watched[0], atol=1e-4)
 
 
 def test_a_restored_session_ends_where_the_other_does():

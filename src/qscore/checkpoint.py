@@ -123,10 +123,13 @@ def read_header(checkpoint: Path) -> dict[str, Any]:
 
 def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
     """The newest intact checkpoint and its header, or None; `warn` hears of each that is not."""
-    for step in reversed(steps(folder)):
+    found = steps(folder)
+    for step in reversed(found):
         try:
             return folder / str(step), read_header(folder / str(step))
         except CorruptCheckpoint as error:
+            if steps(folder)[-1:] > found[-1:]:  # a training has replaced it meanwhile
+                return newest(folder, warn)
             warn(f"{error}; trying the checkpoint before it.")
     return None
 

@@ -1,5 +1,6 @@
 """Using a finished run: evaluate its policies, film them, load them."""
 
+import contextlib
 import itertools
 import math
 import os
@@ -132,6 +133,9 @@ def evaluate(
         return [returns for returns, _ in results], [lengths for _, lengths in results]
 
     try:
+        if video is not None:  # first: what cannot be filmed is said before the long part
+            policy = evaluation_policy(run.algorithm, task.spec, best_of=best_of)
+            _film(run, policy, agents[seeds[0]], seed, Path(video))
         per_seed, lengths = play(1)
         best = play(best_of)[0] if best_of != 1 else []
     except EnvironmentFailure as error:
@@ -178,9 +182,6 @@ def evaluate(
         except OSError as error:
             raise UsageError(f"cannot write to `record`, {recorder.path}: {error}.") from error
         result["recorded"] = {"dataset": str(recorder.path), "steps": len(truncated)}
-    if video is not None:
-        policy = evaluation_policy(run.algorithm, task.spec, best_of=best_of)
-        _film(run, policy, agents[seeds[0]], seed, Path(video))
     return result
 
 
@@ -201,6 +202,10 @@ def load_agents(run: Run, spec: Spec, seeds: list[int]) -> tuple[int, dict[int, 
             seed: jax.tree.map(jnp.asarray, checkpoint.load(found[0], seed, skeleton)["agent"])
             for seed in seeds
         }
+    except FileNotFoundError:
+        if found[0].is_dir():
+            raise
+        return load_agents(run, spec, seeds)  # a training has replaced it meanwhile
     except checkpoint.CorruptCheckpoint as error:
         raise UsageError(str(error)) from error
 
@@ -276,6 +281,12 @@ def _recorder(
         raise UsageError(f"`noise` must lie in [0, inf), got {noise}.")
     if best_of != 1:
         raise UsageError(f"`best_of` is {best_of}; a recording is of the policy itself, with 1.")
+    try:  # before hours of playing
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        path.unlink()
+    except OSError as error:
+        raise UsageError(f"cannot write to `record`, {path}: {error}.") from error
     return Recorder(path, random_share, noise, starts=starts)
 
 
@@ -325,11 +336,16 @@ def _film(run: Run, policy: Policy, agent: Any, seed: int, path: Path) -> None:
     kwargs: dict[str, Any] = {"fps": rate / keep, "macro_block_size": 2}
     if path.suffix == ".gif":
         kwargs = {"duration": 1000 * keep / rate, "loop": 0}
+    scratch = path.with_stem(f".{path.stem}")  # what is there stays until there is another
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        open(path, "ab").close()  # what refuses says it better than ffmpeg
+        open(scratch, "wb").close()  # what refuses says it better than ffmpeg
         with warnings.catch_warnings():  # JAX's of the fork that starts ffmpeg: it runs no JAX
             warnings.simplefilter("ignore", RuntimeWarning)
-            imageio.mimwrite(path, camera.frames[::keep], **kwargs)  # pyright: ignore[reportCallIssue]
+            imageio.mimwrite(scratch, camera.frames[::keep], **kwargs)  # pyright: ignore[reportCallIssue]
+        scratch.replace(path)
     except OSError as error:
         raise UsageError(f"cannot write to `video`, {path}: {error}.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink()

@@ -84,13 +84,14 @@ class Policy:
         carry = jax.eval_shape(self.init_carry)
         obs = jax.ShapeDtypeStruct((rows, spec.obs_size), jnp.float32)
         step = jax.ShapeDtypeStruct((), jnp.uint32)
-        traced = jax.make_jaxpr(self._act_all)(self._shapes, carry, obs, jr.key(0), step)
+        traced = jax.make_jaxpr(self._act_all)(self._shapes, carry, obs, jr.key(0), step, step)
         used = {id(var) for equation in traced.eqns for var in equation.invars}
         used |= {id(var) for var in traced.jaxpr.outvars}
         inputs = traced.jaxpr.invars[: len(self._shapes)]
         self._read = [i for i, var in enumerate(inputs) if id(var) in used]
         read = [self._shapes[i] for i in self._read]
-        self._compiled = jax.jit(self._act_read).lower(read, carry, obs, jr.key(0), step).compile()
+        lowered = jax.jit(self._act_read).lower(read, carry, obs, jr.key(0), step, step)
+        self._compiled = lowered.compile()
 
     def init_carry(self) -> Any:
         """The carry at the start of an episode, for every row."""
@@ -103,22 +104,32 @@ class Policy:
         return [leaves[i] for i in self._read]
 
     def __call__(
-        self, read: list[jax.Array], carry: Any, obs: np.ndarray, key: Key, step: int
+        self,
+        read: list[jax.Array],
+        carry: Any,
+        obs: np.ndarray,
+        key: Key,
+        step: int,
+        first: int = 0,
     ) -> tuple[np.ndarray, Any]:
-        """Actions for `obs[rows, obs_size]`; row i draws from `fold_in(fold_in(key, step), i)`."""
-        action, carry = self._compiled(read, carry, obs, key, np.uint32(step))
+        """Actions for `obs[rows, obs_size]`.
+
+        Row i draws from `fold_in(fold_in(key, step), first + i)`.
+        """
+        action, carry = self._compiled(read, carry, obs, key, np.uint32(step), np.uint32(first))
         return np.asarray(action), carry
 
-    def _act_read(self, read, carry, obs, key, step):
+    def _act_read(self, read, carry, obs, key, step, first):
         leaves: list[Any] = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in self._shapes]
         for i, leaf in zip(self._read, read, strict=True):
             leaves[i] = leaf
-        return self._act_all(leaves, carry, obs, key, step)
+        return self._act_all(leaves, carry, obs, key, step, first)
 
-    def _act_all(self, leaves, carry, obs, key, step):
+    def _act_all(self, leaves, carry, obs, key, step, first):
         state = jax.tree.unflatten(self._treedef, leaves)
         key = jr.fold_in(key, step)
-        keys = jax.vmap(lambda row: jr.fold_in(key, row))(jnp.arange(self.rows))
+        rows = first + jnp.arange(self.rows, dtype=jnp.uint32)
+        keys = jax.vmap(lambda row: jr.fold_in(key, row))(rows)
         return jax.vmap(
             lambda carry, obs, key: self.algorithm.act(
                 state, carry, obs, key=key, explore=self.explore
@@ -209,7 +220,8 @@ def evaluate(
     `policy.rows` open copies.
     """
     tasks = tasks[: policy.rows]
-    if observer is None and isinstance(tasks[0], SDETask):
+    ours = isinstance(tasks[0], SDETask)
+    if observer is None and ours:
         return evaluate_on_device(
             policy.algorithm,
             tasks[0].environment,
@@ -237,9 +249,9 @@ def evaluate(
 
     for slot in range(len(tasks)):
         begin(slot)
-    step = 0
+    step = first = 0
     while running:
-        actions, carry = policy(read, carry, obs.copy(), key, step)
+        actions, carry = policy(read, carry, obs.copy(), key, step, first)
         for slot, episode in list(running.items()):
             action = observer.disturb(episode, actions[slot])
             result = tasks[slot].step(action)
@@ -248,8 +260,15 @@ def evaluate(
             returns[episode] += result.reward
             lengths[episode] += 1
             if result.terminated or result.truncated:
-                begin(slot)
+                if ours:  # the next ones begin together, with the noise they have on the device
+                    running.pop(slot)
+                else:
+                    begin(slot)
         step += 1
+        if not running:
+            step, first = 0, first + len(tasks)
+            for slot in range(len(tasks)):
+                begin(slot)
     return returns, lengths
 
 
