@@ -299,7 +299,7 @@ def test_an_evaluation_that_is_watched_is_the_same():
     algorithm = qs.DiffusionQL(hidden=(8,), noise_levels=3)
     agent = algorithm.init(environment.spec, key=jr.key(0))
     policy = evaluation_policy(algorithm, environment.spec)
-    tasks = [environment.open() for _ in range(policy.rows)]
+    tasks: list[Any] = [environment.open() for _ in range(policy.rows)]
     episodes = policy.rows + 3
     alone, watched = (
         evaluate(policy, agent, tasks, episodes=episodes, seed=3, observer=observer)

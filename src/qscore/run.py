@@ -260,8 +260,9 @@ def _load_data(
 
 def _compared(algorithm: Algorithm, environment: Environment) -> LQ | None:
     """The environment, if a run in it ends in a comparison with its closed form."""
-    ours = isinstance(environment, LQ) and hasattr(algorithm, "value_and_score")
-    return environment if ours else None
+    if isinstance(environment, LQ) and hasattr(algorithm, "value_and_score"):
+        return environment
+    return None
 
 
 def _check_memory(

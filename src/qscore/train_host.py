@@ -220,11 +220,11 @@ def evaluate(
     `policy.rows` open copies.
     """
     tasks = tasks[: policy.rows]
-    ours = isinstance(tasks[0], SDETask)
-    if observer is None and ours:
+    ours = tasks[0].environment if isinstance(tasks[0], SDETask) else None
+    if observer is None and ours is not None:
         return evaluate_on_device(
             policy.algorithm,
-            tasks[0].environment,
+            ours,
             agent,
             [episode_seed(1, seed, episode) for episode in range(episodes)],
             key=jr.key(seed),
@@ -260,7 +260,9 @@ def evaluate(
             returns[episode] += result.reward
             lengths[episode] += 1
             if result.terminated or result.truncated:
-                if ours:  # the next ones begin together, with the noise they have on the device
+                if (
+                    ours is not None
+                ):  # the next ones begin together, with the noise they have on the device
                     running.pop(slot)
                 else:
                     begin(slot)
