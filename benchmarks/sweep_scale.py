@@ -75,7 +75,13 @@ def measure(trials: int, seconds: float, slots: int, folder: Path) -> dict[str, 
     looking = threading.Thread(target=look)
     looking.start()
     began = time.monotonic()
-    cluster.run(sweep, sweep.trials, board, lambda: False, Sleeper)
+    cluster.run(
+        sweep,
+        sweep.trials,
+        board,
+        lambda: False,
+        Sleeper,  # pyright: ignore[reportArgumentType]
+    )
     took = time.monotonic() - began
     over.set()
     looking.join()

@@ -139,7 +139,7 @@ def read(out: Path) -> tuple[dict[str, Any], list[str]]:
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, "exploration").parse_args(argv)
     if NAME not in gym.registry:
-        gym.register(NAME, entry_point=Deceptive)
+        gym.register(NAME, entry_point=Deceptive)  # pyright: ignore[reportArgumentType]
     steps, every, seeds = (1_500, 500, 1) if args.quick else (20_000, 1_000, 5)
     fields: dict[str, Any] = {"warmup_steps": 1_000}
     if args.quick:

@@ -142,7 +142,7 @@ def picture(actions: dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]]) 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, "multi_modality").parse_args(argv)
     if BANDIT not in gym.registry:
-        gym.register(BANDIT, entry_point=TwoArms)
+        gym.register(BANDIT, entry_point=TwoArms)  # pyright: ignore[reportArgumentType]
     runs, _ = places(args)
     todo = jobs(args.quick)
     if not train(todo, runs):

@@ -6,11 +6,12 @@
 The `gradient` target is the paper's, and its scale M_q (`score_scale`) is a setting per task. The
 targets `normalized` and `posterior` divide by a temperature instead, in units of the critic's own
 gradient. Each is trained at a ninth, a third, one, three and nine times its default scale (M_q or
-one over the temperature) on four tasks; all else is as the default preset has it. A curve is flat
-where the setting does not matter. Last checkpoints; every seed.
+one over the temperature) on four tasks; all else is as the default preset has it, but for a random
+warm-up of 1,000 steps. A curve is flat where the setting does not matter. Last checkpoints; every
+seed.
 """
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 from common import Job, arguments, figures, panel, places, save, train
 from matplotlib.figure import Figure
@@ -18,7 +19,8 @@ from matplotlib.figure import Figure
 import qscore as qs
 from qscore.environments import DoubleWell
 
-TARGETS = ("gradient", "normalized", "posterior")
+Target = Literal["gradient", "normalized", "posterior"]
+TARGETS: tuple[Target, ...] = get_args(Target)
 FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
 TASKS: dict[str, tuple[Any, int]] = {
     "Pendulum-v1": (qs.Host("Pendulum-v1"), 10_000),
@@ -28,7 +30,7 @@ TASKS: dict[str, tuple[Any, int]] = {
 }
 
 
-def algorithm(target: str, factor: float, **fields: Any) -> qs.QSM:
+def algorithm(target: Target, factor: float, **fields: Any) -> qs.QSM:
     """The default preset with another target and scale."""
     usual = qs.QSM()
     if target == "gradient":

@@ -97,8 +97,9 @@ def main() -> None:
 
     subject = make(args.library, args.algorithm, args.task, args.steps, args.fields)
     packages = {"sbx": "sbx-rl", "sb3": "stable-baselines3"}
-    package = packages.get(args.library, args.library)
-    answer(compile_seconds=subject.compile_seconds, version=version(package))
+    library: str = args.library
+    found = version(packages.get(library, library))
+    answer(compile_seconds=subject.compile_seconds, version=found)
     for line in sys.stdin:
         order = json.loads(line)
         count, single = order["count"], order["do"] == "single"
