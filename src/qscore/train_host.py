@@ -83,14 +83,14 @@ class Policy:
         self._shapes, self._treedef = jax.tree.flatten(agent_shapes(algorithm, spec))
         carry = jax.eval_shape(self.init_carry)
         obs = jax.ShapeDtypeStruct((rows, spec.obs_size), jnp.float32)
-        step = jax.ShapeDtypeStruct((), jnp.uint32)
-        traced = jax.make_jaxpr(self._act_all)(self._shapes, carry, obs, jr.key(0), step, step)
+        place = jax.ShapeDtypeStruct((2,), jnp.uint32)
+        traced = jax.make_jaxpr(self._act_all)(self._shapes, carry, obs, jr.key(0), place)
         used = {id(var) for equation in traced.eqns for var in equation.invars}
         used |= {id(var) for var in traced.jaxpr.outvars}
         inputs = traced.jaxpr.invars[: len(self._shapes)]
         self._read = [i for i, var in enumerate(inputs) if id(var) in used]
         read = [self._shapes[i] for i in self._read]
-        lowered = jax.jit(self._act_read).lower(read, carry, obs, jr.key(0), step, step)
+        lowered = jax.jit(self._act_read).lower(read, carry, obs, jr.key(0), place)
         self._compiled = lowered.compile()
 
     def init_carry(self) -> Any:
@@ -116,19 +116,20 @@ class Policy:
 
         Row i draws from `fold_in(fold_in(key, step), first + i)`.
         """
-        action, carry = self._compiled(read, carry, obs, key, np.uint32(step), np.uint32(first))
+        place = np.array((step, first), np.uint32)
+        action, carry = self._compiled(read, carry, obs, key, place)
         return np.asarray(action), carry
 
-    def _act_read(self, read, carry, obs, key, step, first):
+    def _act_read(self, read, carry, obs, key, place):
         leaves: list[Any] = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in self._shapes]
         for i, leaf in zip(self._read, read, strict=True):
             leaves[i] = leaf
-        return self._act_all(leaves, carry, obs, key, step, first)
+        return self._act_all(leaves, carry, obs, key, place)
 
-    def _act_all(self, leaves, carry, obs, key, step, first):
+    def _act_all(self, leaves, carry, obs, key, place):
         state = jax.tree.unflatten(self._treedef, leaves)
-        key = jr.fold_in(key, step)
-        rows = first + jnp.arange(self.rows, dtype=jnp.uint32)
+        key = jr.fold_in(key, place[0])
+        rows = place[1] + jnp.arange(self.rows, dtype=jnp.uint32)
         keys = jax.vmap(lambda row: jr.fold_in(key, row))(rows)
         return jax.vmap(
             lambda carry, obs, key: self.algorithm.act(
