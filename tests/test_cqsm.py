@@ -12,8 +12,9 @@ import pytest
 from helpers import learn
 
 import qscore as qs
+from qscore import lq
 from qscore.algorithms.cqsm import quadratic_features
-from qscore.closed_form import compare, continuous
+from qscore.closed_form import _return_gap, compare, continuous
 from qscore.environments import LQ
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "lq"
@@ -95,6 +96,26 @@ def test_a_score_that_stays_inadmissible_is_explained(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_the_gap_in_return_is_that_of_the_horizon():
+    """Also where that is no whole number of control steps."""
+    problem = {
+        **json.loads(LQ("lq").problem),
+        "terminal": {"T": 1.0, "H": [[1.0, 0.0], [0.0, 0.0]]},
+    }
+    environment = LQ("lq", problem=json.dumps(problem), dt=0.03)
+    solved, steps = environment.solved_problem, 34
+    exact = [lq.solve(solved, i / steps) for i in range(steps)]
+    K, k = (jnp.asarray(np.stack([getattr(s, n) for s in exact]), jnp.float32) for n in "Kk")
+
+    def score(agent, x, a, time):  # everywhere 2 per second above the optimal one
+        i = (time * steps + 0.5).astype(jnp.int32)
+        return K[i] @ jnp.concatenate([x, a]) + k[i] + 2.0
+
+    lost = 0.5 * 0.3 * 2.0**2 * -np.expm1(-0.2) / 0.2  # lambda/2 |2|^2, discounted over 1 s
+    best = exact[0].expected_q(np.zeros(2), 1.2**2 * np.eye(2))
+    assert _return_gap(environment, score)(None) == pytest.approx(lost / abs(best), rel=0.005)
+
+
 def test_networks_learn_the_closed_form_in_a_quarter_of_the_time():
     session = learn(
         LQ(id="lq"), qs.CQSM(preset="linear_quadratic", critic="network"), steps=640_000

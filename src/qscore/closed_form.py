@@ -174,10 +174,9 @@ def _return_gap(environment: LQ, score: Callable[..., Any]) -> Callable[[State],
         steps = int(np.ceil(-np.log(TAIL) / (rate * dt)))
         solutions = [lq.solve(problem)]
     else:
+        # even steps, where the environment's last one may be shorter
         steps = int(np.ceil(problem.terminal.T / dt - 1e-6))
-        dt = (
-            problem.terminal.T / steps
-        )  # the environment's last step may be shorter; these are even
+        dt = problem.terminal.T / steps
         solutions = [lq.solve(problem, i * dt) for i in range(steps)]
     K = jnp.asarray(np.stack([s.K for s in solutions]), jnp.float32)
     k = jnp.asarray(np.stack([s.k for s in solutions]), jnp.float32)
