@@ -486,6 +486,12 @@ def test_the_tables_of_the_readme_are_the_committed_results():
         returns = [np.mean(cheetah[seed][step]["returns"]) for seed in (0, 1, 2)]
         expected = ", ".join(f"{value:.1f}" for value in returns)
         assert row["return of each seed (0, 1, 2)"] == expected
+    panel = json.loads((ROOT / "experiments" / "results" / "panel_dm_control.json").read_text())
+    rows = list(table(readme, "algorithm", "normalised return"))
+    for row, (name, each) in zip(rows, panel["overall"].items(), strict=True):
+        low, high = each["ci95"]
+        assert row["algorithm"] == name and row["normalised return"] == f"{each['iqm']:.2f}"
+        assert row["95% bootstrap interval"] == f"{low:.2f} to {high:.2f}"
 
 
 def test_the_table_of_many_seeds_is_the_committed_result():
