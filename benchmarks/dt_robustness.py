@@ -276,7 +276,7 @@ def measure(name: str, dt: float, seed: int, seconds: float, *, irregular: bool)
     algorithm, environment = learner(name, dt, irregular)
     steps = round(seconds / dt) * COPIES
     started = time.perf_counter()
-    session = Session(algorithm, environment, seed, steps=steps, eval_episodes=1)
+    session = Session(algorithm, environment, seed, steps=steps, eval_episodes=0)
     while session.env_steps < steps:
         session.advance(steps)
     error = policy_error(algorithm, environment, session.runner.agent)

@@ -23,7 +23,7 @@ def jobs(quick: bool) -> list[Job]:
     tasks, fields = TASKS, {}
     if quick:
         tasks = {"Pendulum-v1": 600}
-        fields = {"hidden": (32, 32), "batch_size": 64, "warmup_steps": 300}
+        fields = {"hidden": (32, 32), "batch_size": 64, "warmup_steps": 300, "noise_levels": 2}
     return [
         Job(
             f"{task}/{precision}",
@@ -32,6 +32,7 @@ def jobs(quick: bool) -> list[Job]:
             steps,
             seed,
             steps // 10,
+            1 if quick else 10,
             precision=precision,
         )
         for task, steps in tasks.items()

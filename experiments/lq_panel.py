@@ -45,7 +45,7 @@ def variants(quick: bool) -> dict[str, Any]:
 def learn(algorithm: Any, seed: int, marks: list[int]) -> dict[str, dict[str, float]]:
     """The errors after each number of environment steps of one run."""
     environment = LQ("lq")
-    session = Session(algorithm, environment, seed, steps=marks[-1], eval_episodes=1)
+    session = Session(algorithm, environment, seed, steps=marks[-1], eval_episodes=0)
     errors = {}
     for mark in marks:
         while session.env_steps < mark:

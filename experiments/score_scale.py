@@ -42,7 +42,7 @@ def jobs(quick: bool) -> dict[tuple[str, str, float], list[Job]]:
     """Every run, by task, target and factor."""
     fields: dict[str, Any] = {"warmup_steps": 1_000}
     if quick:
-        fields = {"warmup_steps": 300, "hidden": (32, 32), "batch_size": 64}
+        fields = {"warmup_steps": 300, "hidden": (32, 32), "batch_size": 64, "noise_levels": 2}
     found: dict[tuple[str, str, float], list[Job]] = {}
     for task, (environment, steps) in TASKS.items():
         if quick:
@@ -50,7 +50,7 @@ def jobs(quick: bool) -> dict[tuple[str, str, float], list[Job]]:
                 continue
             steps = 600
         for target in TARGETS[:2] if quick else TARGETS:
-            for factor in FACTORS[1::2] if quick else FACTORS:
+            for factor in FACTORS[1:2] if quick else FACTORS:
                 for seed in range(1 if quick else 3):
                     job = Job(
                         f"{task}/{target}-{factor:.3g}",
@@ -59,6 +59,7 @@ def jobs(quick: bool) -> dict[tuple[str, str, float], list[Job]]:
                         steps,
                         seed,
                         steps // 5,
+                        1 if quick else 10,
                     )
                     found.setdefault((task, target, factor), []).append(job)
     return found

@@ -45,6 +45,15 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem != "test_sweep")
 
 
+@pytest.fixture(scope="module")
+def quick_programs():
+    """For modules that try out the machinery about an algorithm: compiled in half the time."""
+    from helpers import fast_compilation  # with which comes the package
+
+    with fast_compilation():
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _programs_are_given_back():
     """A module's compiled programs are freed after it.

@@ -232,7 +232,7 @@ def polynomial_critics(coefficients, shift=0.0):
 # Training -----------------------------------------------------------------------------------------
 
 
-def learn(environment, algorithm, seed=0, *, steps, eval_episodes=1):
+def learn(environment, algorithm, seed=0, *, steps, eval_episodes=0):
     """The session of one seed after `steps` environment steps."""
     session = Session(algorithm, environment, seed, steps=steps, eval_episodes=eval_episodes)
     while session.env_steps < steps:

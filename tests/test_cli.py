@@ -13,6 +13,7 @@ import pytest
 import qscore as qs
 from qscore import bench, cli, train_host
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
 TINY = [
     *("--algorithm.hidden", "8", "8", "--algorithm.batch-size", "8"),
     *("--algorithm.warmup-steps", "60", "--eval-episodes", "1", "--log-every", "50"),

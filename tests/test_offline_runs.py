@@ -20,6 +20,7 @@ from qscore.environments import Environment, environment_class
 
 LIMIT = 20
 PENDULUM = qs.Host("Pendulum-v1", max_episode_steps=LIMIT)
+pytestmark = pytest.mark.usefixtures("quick_programs")
 SMALL = {"hidden": (16, 16), "batch_size": 32}
 TD3 = qs.TD3(preset="offline", **SMALL)
 SDE = environment_class("pendulum_sde")(id="pendulum_sde", duration=0.4)

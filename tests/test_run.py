@@ -29,6 +29,7 @@ from qscore.folder import Run, alone, new_folder
 from qscore.log import ProgressBar
 from qscore.run import _Loop, check
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
 SMALL = {"hidden": (16, 16), "batch_size": 16, "warmup_steps": 60}
 TASKS = ["Pendulum-v1", "InvertedPendulum-v5"]
 
@@ -51,8 +52,7 @@ class Brittle(gym.Env):
 
     def step(self, action):
         self.t += 1
-        obs = np.full(2, self.t, np.float32)
-        reward = 0.0
+        obs, reward = np.array([self.t, action[0]], np.float32), 0.0
         if self.episode == 3 and self.t == self.at:
             if self.failure == "raise":
                 raise RuntimeError("the gripper fell off")
@@ -187,6 +187,7 @@ def test_best_of_is_reported_beside_the_plain_figure(tmp_path):
     result = qs.evaluate(run.folder, episodes=2, best_of=4)
     assert result["returns"] == qs.evaluate(run.folder, episodes=2)["returns"]
     assert result["best_of"] == 4 and len(result["returns_best_of"]) == 2
+    assert result["returns_best_of"] != result["returns"]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -659,6 +660,9 @@ def test_time_limits_are_not_terminations_and_actions_are_scaled(tmp_path, britt
     assert next_obs[:, 0].max() == 40  # the observation at the limit, not the one after the reset
     assert np.array_equal(next_obs[:, 0], obs[:, 0] + 1)
     assert np.asarray(data.time).max() == 39
+    # [-1, 1] stands for [-3, 1], which is what the task was given
+    np.testing.assert_allclose(next_obs[:, 1], 2.0 * np.asarray(data.action)[:, 0] - 1.0, atol=1e-6)
+    assert np.ptp(next_obs[:, 1]) > 2.0
     session.close()
 
 

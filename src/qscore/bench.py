@@ -66,7 +66,7 @@ class Subject:
         self.compile_seconds = time.perf_counter() - start
 
         self._session = Session(
-            algorithm, environment, 0, steps=self._until, eval_episodes=1, precision=precision
+            algorithm, environment, 0, steps=self._until, eval_episodes=0, precision=precision
         )
         while self._session.env_steps < begun:
             self._session.advance(begun)

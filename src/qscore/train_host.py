@@ -473,8 +473,8 @@ class Session:
         self.capacity = replay_rows(
             algorithm, environment, steps=steps, recorded=self.recorded, offline_steps=offline_steps
         )
-        self._evaluation = evaluation_policy(algorithm, self.spec)
-        if isinstance(environment, SDEEnvironment):
+        self._evaluation = evaluation_policy(algorithm, self.spec) if eval_episodes else None
+        if self._evaluation is not None and isinstance(environment, SDEEnvironment):
             compiled_evaluation(self._evaluation.algorithm, environment, eval_episodes)
         self._chunk = compiled_chunk(algorithm, self.spec, self.capacity, self.chunk, precision)
         self.runner = compiled_init(algorithm, self.spec, self.capacity)(init_key)
@@ -564,6 +564,7 @@ class Session:
 
         Exploration and best-of-N are off. A snapshot may be evaluated while training goes on.
         """
+        assert self._evaluation is not None  # nothing is compiled for 0 episodes
         agent, episodes = self.runner.agent, self.eval_episodes
         if arrays is not None:
             agent = jax.tree.map(jnp.asarray, arrays["agent"])
