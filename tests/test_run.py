@@ -319,6 +319,7 @@ def test_results_without_a_checkpoint_are_not_replaced(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_beside_the_loop_says_how_to_go_on(tmp_path, monkeypatch, number):
     run = small_run(tmp_path / "run", steps=100)
+    outer = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background: ignored
     usual = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
 
     def interrupted(*args):
@@ -330,6 +331,7 @@ def test_an_interrupt_beside_the_loop_says_how_to_go_on(tmp_path, monkeypatch, n
             with pytest.raises(qs.Interrupted, match="continue with: qscore resume .*run"):
                 qs.resume(run.folder, steps=200, progress=False)
     assert usual == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    signal.signal(signal.SIGINT, outer)
     assert qs.resume(run.folder, steps=200, progress=False).summary["env_steps"] == 200
 
 
