@@ -143,8 +143,13 @@ def by_task(found: Panel) -> dict[str, Any]:
 
 
 def overall(found: Panel) -> dict[str, Any]:
-    """The figures over all tasks of the algorithms that were run on each, the best first."""
+    """The figures over all tasks of the algorithms that were run on each, the best first.
+
+    None where one of them has a single seed on a task, which tells nothing of others.
+    """
     ends, early = found.scores(Task.last_returns), found.scores(early_returns)
+    if any(len(seeds) < 2 for tasks in ends.values() for seeds in tasks):
+        return {}
     ranking = ranked(ends)
     best = next(iter(ranking), "")
     rows = {}
@@ -194,9 +199,9 @@ def table(results: dict[str, Any]) -> str:
     for task, rows in results.items():
         for name, each in rows.items():
             cells = ", ".join(f"{value:.0f}" for value in each["returns"].values())
-            low, high = each["ci95"]
+            interval = "{:.0f} to {:.0f}".format(*each["ci95"]) if len(each["returns"]) > 1 else ""
             lines.append(
-                f"| `{task}` | {name} | {cells} | {each['iqm']:.0f} | {low:.0f} to {high:.0f} | "
+                f"| `{task}` | {name} | {cells} | {each['iqm']:.0f} | {interval} | "
                 f"{each['early_iqm']:.0f} |"
             )
     return "\n".join(lines)
