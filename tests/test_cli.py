@@ -67,7 +67,8 @@ BAD = {
     "train qsm Pendulum-v1 --environment.dt 0.02": "can only be its own, 0.05 s; got 0.02",
     "train qsm Pendulum-v1 --environment.num-envs 0": "`num_envs` must lie in [1, 4096], got 0",
     f"train qsm Pendulum-v1 --steps {10**9} --seeds 1000 --algorithm.replay-capacity {10**9}": (
-        "GiB (1000 x 1000000000 transitions of 41 bytes and "
+        "a run takes 38188.1 GiB (1000 x 1000000000 transitions of 41 bytes and 4.0 MiB that are "
+        "learned), and as much again"
     ),
     f"train qsm Pendulum-v1 --steps {10**10}": "`steps` must lie in [1, 2e+09], got 10000000000",
     "resume nowhere": "nowhere is not a run folder: there is no such folder",

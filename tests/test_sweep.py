@@ -753,6 +753,11 @@ def test_what_a_trial_would_refuse_is_refused_with_its_line(tmp_path, monkeypatc
         path.write_text(head + rest)
         with pytest.raises(qs.UsageError, match=f"s.toml, line {line}: lq-td3.*/seed-0: {words}"):
             sweep(path)
+    problem = json.dumps({**json.loads(LQ("lq").problem), "B": [[0.0]], "noise": []})
+    head = head.replace('["td3"]', '["td3", "cqsm"]')
+    path.write_text(f"{head}[environment.lq]\nproblem = '{problem}'")
+    with pytest.raises(qs.UsageError, match="lq-cqsm/seed-0: not stabilisable"):
+        sweep(path)
     assert os.listdir(tmp_path) == ["s.toml"]
 
 

@@ -261,9 +261,8 @@ def evaluate(
             returns[episode] += result.reward
             lengths[episode] += 1
             if result.terminated or result.truncated:
-                if (
-                    ours is not None
-                ):  # the next ones begin together, with the noise they have on the device
+                # our own begin the next ones together, with the noise they have on the device
+                if ours is not None:
                     running.pop(slot)
                 else:
                     begin(slot)

@@ -168,7 +168,9 @@ def _check_trials(asked: Sweep) -> None:
     seen = set()
     for trial in asked.trials:
         settings = dataclasses.replace(trial.settings, seed_start=0)
-        key = (trial.environment, settings, trial.algorithm.replay_capacity)
+        # what a closed form is asked for of, and what takes memory
+        sizes = (getattr(trial.algorithm, n, None) for n in ("replay_capacity", "hidden", "critic"))
+        key = (trial.environment, settings, type(trial.algorithm), *sizes)
         if key not in seen:
             seen.add(key)
             try:
