@@ -19,7 +19,7 @@ from common import arguments, save
 from matplotlib.figure import Figure
 
 import qscore as qs
-from qscore.closed_form import compare
+from qscore.closed_form import compare, return_gap
 from qscore.environments import LQ
 from qscore.train_host import Session, chunk_steps
 
@@ -50,8 +50,8 @@ def learn(algorithm: Any, seed: int, marks: list[int]) -> dict[str, dict[str, fl
     for mark in marks:
         while session.env_steps < mark:
             session.advance(mark)
-        found = compare(algorithm, environment, session.runner.agent)
-        row = {**found.relative_error, "return_gap": found.return_gap}
+        arguments = (algorithm, environment, session.runner.agent)
+        row = {**compare(*arguments).relative_error, "return_gap": return_gap(*arguments)}
         errors[str(mark)] = {name: float(f"{row[name]:.4g}") for name in FIGURES}
     session.close()
     return errors

@@ -14,6 +14,7 @@ t + dt/2, so what is learned is compared a half step on, `continuous` below: wit
 of order dt would hide those of learning.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -37,11 +38,10 @@ TAIL = 1e-3
 
 
 class Comparison(NamedTuple):
-    """Learned and exact values at the same points, and the gap in return relative to |J*|."""
+    """Learned and exact values at the same points."""
 
     learned: dict[str, np.ndarray]
     exact: dict[str, np.ndarray]
-    return_gap: float
 
     @property
     def relative_error(self) -> dict[str, float]:
@@ -118,7 +118,7 @@ def compare(algorithm: Any, environment: LQ, agent: State) -> Comparison:
     horizon = problem.terminal.T if problem.terminal else None
     times = [0.0] if horizon is None else [share * horizon for share in (0.0, 0.25, 0.5, 0.75)]
     z = np.random.default_rng(0).standard_normal((POINTS // len(times), n + d))
-    learned_at, return_gap = _compiled(algorithm, environment)
+    learned_at = _compiled(algorithm, environment)
     learned: dict[str, list] = {"q": [], "grad_a_q": [], "score": []}
     exact: dict[str, list] = {"q": [], "grad_a_q": [], "score": []}
     x, a = z[:, :n].astype(np.float32), z[:, n:].astype(np.float32)
@@ -133,17 +133,33 @@ def compare(algorithm: Any, environment: LQ, agent: State) -> Comparison:
     return Comparison(
         {name: np.concatenate(parts) for name, parts in learned.items()},
         {name: np.concatenate(parts) for name, parts in exact.items()},
-        return_gap(agent),
     )
 
 
-@kept
-def _compiled(algorithm: Any, environment: LQ) -> tuple[Callable[..., Any], Callable[..., float]]:
-    """What `compare` asks of every agent, compiled once for all of them.
+def return_gap(algorithm: Any, environment: LQ, agent: State) -> float:
+    """(J* - J) / |J*| of an agent, from the environment's starts, with a first action like its
+    first state; NaN where J* is 0.
 
-    Q, its gradient and the score at (agent, states, actions, time), in the problem's units; and an
-    agent's gap in return.
+    `algorithm` must have what `compare` asks for.
     """
+    return _compiled_gap(algorithm, environment)(agent)
+
+
+@kept
+def _compiled(algorithm: Any, environment: LQ) -> Callable[..., Any]:
+    """`_learned_at` of (agent, states, actions, time), compiled once for all agents."""
+    return jax.jit(jax.vmap(_learned_at(algorithm, environment), (None, 0, 0, None)))
+
+
+@kept
+def _compiled_gap(algorithm: Any, environment: LQ) -> Callable[[State], float]:
+    """`return_gap` of an agent, compiled once for all of them."""
+    learned_at = _learned_at(algorithm, environment)
+    return _return_gap(environment, lambda *arguments: learned_at(*arguments)["score"])
+
+
+def _learned_at(algorithm: Any, environment: LQ) -> Callable[..., dict[str, Array]]:
+    """Q, its gradient and the score at (agent, state, action, time), in the problem's units."""
 
     def observe(x, time):
         clock = {"time": time, "dt": environment.dt}
@@ -155,17 +171,11 @@ def _compiled(algorithm: Any, environment: LQ) -> tuple[Callable[..., Any], Call
         (value, score), gradient = jax.value_and_grad(q_and_score, has_aux=True)(a)
         return {"q": value, "grad_a_q": gradient, "score": score}
 
-    def score(agent, x, a, time):
-        return learned_at(agent, x, a, time)["score"]
-
-    return jax.jit(jax.vmap(learned_at, (None, 0, 0, None))), _return_gap(environment, score)
+    return learned_at
 
 
 def _return_gap(environment: LQ, score: Callable[..., Any]) -> Callable[[State], float]:
-    """(J* - J) / |J*| of an agent, from the environment's starts, with a first action like its
-
-    first state; NaN where J* is 0. `score` is a function of (agent, state, action, time).
-    """
+    """The gap in return of agents whose score is a function of (agent, state, action, time)."""
     problem = environment.solved_problem
     n, d, dt = problem.state_size, problem.action_size, environment.dt
     process, sigma = environment.process(), jnp.asarray(problem.sigma_a, jnp.float32)
@@ -177,7 +187,11 @@ def _return_gap(environment: LQ, score: Callable[..., Any]) -> Callable[[State],
         # even steps, where the environment's last one may be shorter
         steps = int(np.ceil(problem.terminal.T / dt - 1e-6))
         dt = problem.terminal.T / steps
-        solutions = [lq.solve(problem, i * dt) for i in range(steps)]
+        solutions, (_, *end) = [], problem.terminal
+        for _ in range(steps):  # backwards, each over its own step, which ends in the next one's Q
+            last = dataclasses.replace(problem, terminal=lq.Terminal(dt, *end))
+            solutions.insert(0, solution := lq.solve(last))
+            end = solution.P, solution.p, solution.c
     K = jnp.asarray(np.stack([s.K for s in solutions]), jnp.float32)
     k = jnp.asarray(np.stack([s.k for s in solutions]), jnp.float32)
     spread = environment.spread**2 * np.eye(n + d)

@@ -22,7 +22,7 @@ import numpy as np
 from qscore import checkpoint, datasets, lq, memory, replay
 from qscore.algorithms import algorithm_name
 from qscore.algorithms.base import Algorithm
-from qscore.closed_form import Comparison, compare
+from qscore.closed_form import Comparison, compare, return_gap
 from qscore.datasets import Dataset
 from qscore.environments import LQ, Environment, EnvironmentFailure, environment_class
 from qscore.environments.sde import SDEEnvironment
@@ -597,20 +597,18 @@ class _Loop:
         if (environment := _compared(algorithm, self.run.environment)) is not None:
             first, *others = self.sessions
 
-            def compared(session: Session) -> Comparison:
-                return compare(algorithm, environment, session.runner.agent)
+            def compared(session: Session) -> tuple[Comparison, float]:
+                arguments = (algorithm, environment, session.runner.agent)
+                return compare(*arguments), return_gap(*arguments)
 
             with ThreadPoolExecutor(len(self.sessions)) as pool:  # the first one compiles
-                found = [compared(first), *pool.map(compared, others)]
+                found, gaps = zip(compared(first), *pool.map(compared, others), strict=True)
             comparisons = dict(zip(summary["seeds"], found, strict=True))
-            errors = [c.relative_error for c in comparisons.values()]
+            errors = [c.relative_error for c in found]
             summary["lq"] = {
                 "relative_error": {name: [e[name] for e in errors] for name in errors[0]},
                 # null: the score lets the state grow faster than the discount falls
-                "return_gap": [
-                    c.return_gap if math.isfinite(c.return_gap) else None
-                    for c in comparisons.values()
-                ],
+                "return_gap": [gap if math.isfinite(gap) else None for gap in gaps],
             }
             from qscore.plots import plot_comparisons  # (see `plot_run`)
 
