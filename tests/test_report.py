@@ -15,7 +15,7 @@ from pathlib import Path
 import imageio.v2 as imageio
 import numpy as np
 import pytest
-from helpers import assert_close, write_run
+from helpers import assert_close, fast_compilation, write_run
 from imageio_ffmpeg import get_ffmpeg_exe
 from matplotlib.figure import Figure
 
@@ -29,7 +29,9 @@ from qscore.report import report
 
 report_module = importlib.import_module("qscore.report")
 
-pytest.importorskip("rliable", reason="the extra `stats` is not installed")
+probability_of_improvement = pytest.importorskip(
+    "rliable.metrics", reason="the extra `stats` is not installed"
+).probability_of_improvement
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -274,6 +276,11 @@ def test_probability_of_improvement_counts_pairs_ties_as_half_and_tasks_alike():
     probability, (low, high) = statistics.probability_of_improvement(better, worse)
     assert probability == np.mean([3.5 / 4, 0.0])
     assert 0.0 <= low <= probability <= high <= 0.5
+    # rliable's figure, of as many seeds on each of three tasks
+    one, other = np.random.default_rng(0).integers(0, 9, (2, 5, 3)).astype(float)
+    expected = probability_of_improvement(one, other)
+    ours, _ = statistics.probability_of_improvement(one.T.tolist(), other.T.tolist())
+    assert ours == pytest.approx(expected)
 
 
 def test_tasks_count_alike_whatever_their_numbers_of_seeds():
@@ -347,10 +354,11 @@ def trained(tmp_path_factory) -> Path:
     """A run that can be filmed."""
     folder = tmp_path_factory.mktemp("trained") / "td3"
     algorithm = qs.TD3(hidden=(8, 8), batch_size=8, warmup_steps=60)
-    qs.train(
-        algorithm, "Pendulum-v1", steps=400, out=folder, eval_every=100, eval_episodes=2,
-        progress=False,
-    )  # fmt: skip
+    with fast_compilation():
+        qs.train(
+            algorithm, "Pendulum-v1", steps=400, out=folder, eval_every=100, eval_episodes=2,
+            progress=False,
+        )  # fmt: skip
     return folder
 
 

@@ -98,13 +98,14 @@ def probability_of_improvement(scores: Scores, others: Scores) -> Interval:
     the tasks, and its 95% bootstrap interval. Ties count as a half.
     """
     require_rliable()
-    from rliable.metrics import probability_of_improvement
-
     tasks = len(scores)
 
+    # rliable's own figure is a Mann-Whitney test each time: seconds, where it is drawn 2000 times
+    def better(one: np.ndarray, other: np.ndarray) -> float:
+        return float(np.mean((one > other.T) + 0.5 * (one == other.T)))
+
     def probability(*columns: np.ndarray) -> float:
-        pairs = zip(columns[:tasks], columns[tasks:], strict=True)
-        return float(np.mean([probability_of_improvement(one, other) for one, other in pairs]))
+        return float(np.mean(list(map(better, columns[:tasks], columns[tasks:]))))
 
     return _bootstrapped(probability, [*scores, *others])
 
