@@ -50,7 +50,9 @@ def assert_close(actual: Any, expected: Any, *, loosen: float = 1.0, why: str = 
         if floating:
             relative, absolute = TOLERANCES[min(floating, key=lambda dtype: dtype.itemsize)]
             relative, absolute = loosen * relative, loosen * absolute
-            np.testing.assert_allclose(left, right, relative, absolute, err_msg=f"{name} {why}")
+            np.testing.assert_allclose(
+                left, right, relative, absolute, equal_nan=False, err_msg=f"{name} {why}"
+            )
         else:
             np.testing.assert_array_equal(left, right, err_msg=name)
 

@@ -15,8 +15,9 @@ from qscore import bench, cli, train_host
 
 pytestmark = pytest.mark.usefixtures("quick_programs")
 TINY = [
-    *("--algorithm.hidden", "8", "8", "--algorithm.batch-size", "8"),
-    *("--algorithm.warmup-steps", "60", "--eval-episodes", "1", "--log-every", "50"),
+    *("--algorithm.hidden", "8", "8", "--algorithm.batch-size", "8", "--algorithm.noise-levels"),
+    *("2", "--algorithm.warmup-steps", "60", "--algorithm.replay-capacity", "100"),
+    *("--environment.max-episode-steps", "50", "--eval-episodes", "1", "--log-every", "50"),
 ]
 
 
@@ -35,8 +36,8 @@ def call(capsys, *args):
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     qs.train(
-        qs.QSM(hidden=(8, 8), batch_size=8, warmup_steps=60),
-        "Pendulum-v1",
+        qs.QSM(hidden=(8, 8), batch_size=8, noise_levels=2, warmup_steps=60, replay_capacity=100),
+        qs.Host("Pendulum-v1", max_episode_steps=50),
         steps=120,
         out=folder,
         eval_episodes=1,

@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import assert_close, quick_jit
+from helpers import assert_close
 
 from qscore import ALGORITHMS, ENVIRONMENTS, Host, Run, Settings, Spec, Transition, checkpoint
 from qscore.config import Range, validate
 from qscore.normalize import Moments
 from qscore.train import init_runner, train_chunk
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
 SPEC = Spec(obs_size=3, action_size=2, dt=0.05, horizon=1.0)
 ROWS = 8
 SMALL = {"hidden": (16, 16), "batch_size": ROWS, "warmup_steps": ROWS}
@@ -33,11 +34,11 @@ class Subject:
 
     def __init__(self, kind):
         self.algorithm = algorithm = kind(**SMALL)
-        self.init = quick_jit(lambda key: algorithm.init(SPEC, key=key))
-        self.update = quick_jit(lambda state, batch, key: algorithm.update(state, batch, key=key))
+        self.init = jax.jit(lambda key: algorithm.init(SPEC, key=key))
+        self.update = jax.jit(lambda state, batch, key: algorithm.update(state, batch, key=key))
         self.carry = algorithm.init_carry(SPEC)
         self.acts = {
-            explore: quick_jit(
+            explore: jax.jit(
                 lambda state, obs, key, explore=explore: algorithm.act(
                     state, self.carry, obs, key=key, explore=explore
                 )
@@ -187,14 +188,16 @@ def test_vmap_over_seeds_is_a_loop_over_seeds(subject):
         return state, metrics, action
 
     keys, batches = jr.split(jr.key(2), 2), [batch_of(0), batch_of(1)]
-    together = quick_jit(jax.vmap(first_steps))(
+    together = jax.jit(jax.vmap(first_steps))(
         keys, jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
     )
-    alone = quick_jit(first_steps)
     for i in range(2):
+        init_key, update_key, act_key = jr.split(keys[i], 3)
+        state, metrics = subject.update(subject.init(init_key), batches[i], update_key)
+        action, _ = subject.acts[True](state, OBS, act_key)
         assert_close(
             jax.tree.map(lambda leaf, i=i: leaf[i], together),
-            alone(keys[i], batches[i]),
+            (state, metrics, action),
             loosen=10.0,
             why="batched matrix products add in another order, and Adam divides by small numbers",
         )
@@ -220,7 +223,7 @@ def test_one_trace_serves_every_chunk(subject):
         traces += 1
         return train_chunk(algorithm, runner, rows, count, updates, key=key)
 
-    compiled = quick_jit(chunk)
+    compiled = jax.jit(chunk)
     runner = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
         jax.eval_shape(lambda: init_runner(algorithm, SPEC, 32, key=jr.key(0))),

@@ -379,6 +379,7 @@ def test_every_command_exists_with_its_flags(page, flags):
 LESS = {
     **{"--steps": "100", "--eval-episodes": "1", "--algorithm.batch-size": "8"},
     **{"--algorithm.warmup-steps": "50", "--eval-every": "100"},
+    **{"--algorithm.replay-capacity": "100", "--environment.max-episode-steps": "50"},
 }
 
 

@@ -30,7 +30,8 @@ from qscore.log import ProgressBar
 from qscore.run import _Loop, check
 
 pytestmark = pytest.mark.usefixtures("quick_programs")
-SMALL = {"hidden": (16, 16), "batch_size": 16, "warmup_steps": 60}
+SMALL = {"hidden": (16, 16), "batch_size": 16, "warmup_steps": 60, "noise_levels": 2}
+ROOM = 100  # of the replay: one for all lengths of a run, which then share their programs
 TASKS = ["Pendulum-v1", "InvertedPendulum-v5"]
 
 
@@ -81,9 +82,10 @@ class Killed(BaseException):
     """Stands for a process that is gone: nothing in the library catches it."""
 
 
-def small_run(out, *, task: str | qs.Host = "Pendulum-v1", steps=300, **kwargs):
+def small_run(out, *, task: str | qs.Host = "Pendulum-v1", steps=300, room=ROOM, **kwargs):
     arguments = {"eval_every": 100, "eval_episodes": 2, "log_every": 50, "progress": False}
-    return qs.train(qs.QSM(**SMALL), task, steps=steps, out=out, **(arguments | kwargs))
+    algorithm = qs.QSM(**SMALL, replay_capacity=room)
+    return qs.train(algorithm, task, steps=steps, out=out, **(arguments | kwargs))
 
 
 def lines(folder: Path, stream: str) -> list[dict]:
@@ -157,7 +159,7 @@ def test_nothing_is_compiled_once_a_run_is_under_way(tmp_path, monkeypatch, capl
     monkeypatch.setattr(checkpoint, "save", counting)
     jax.config.update("jax_log_compiles", True)
     try:
-        small_run(tmp_path / "run", steps=500)
+        small_run(tmp_path / "run", steps=500, room=500)
     finally:
         jax.config.update("jax_log_compiles", False)
     start, first, *later = under_way
@@ -232,15 +234,17 @@ def test_a_process_killed_by_the_system_resumes_bit_for_bit(tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     settings = [
         *("--steps=600", "--seeds=2", "--eval-every=100", "--eval-episodes=2", "--log-every=50"),
-        *(f"--algorithm.{name.replace('_', '-')}={SMALL[name]}" for name in list(SMALL)[1:]),
+        *("--algorithm.batch-size=16", "--algorithm.warmup-steps=60"),
         *("--algorithm.hidden", "16", "16"),
     ]
 
     def command(*arguments):  # every run in a process of its own, as this one checks its types
         command = [sys.executable, "-m", "qscore", *map(str, arguments)]
-        return subprocess.Popen(command, env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
+        quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        quick |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs")}
+        return subprocess.Popen(command, env=os.environ | quick)
 
-    start = ("train", "qsm", "Pendulum-v1", *settings, "--out")
+    start = ("train", "td3", "Pendulum-v1", *settings, "--out")
     uninterrupted = command(*start, whole)
     for arguments in ((*start, folder), ("resume", folder)):
         before = len(lines(folder, "evals")) if folder.exists() else 0
@@ -373,8 +377,8 @@ def test_a_class_is_no_algorithm(tmp_path):
 
 
 def test_a_finished_run_can_be_extended(tmp_path):
-    longer = small_run(tmp_path / "longer", steps=300).folder
-    shorter = small_run(tmp_path / "shorter", steps=200).folder
+    longer = small_run(tmp_path / "longer", steps=300, room=1_000).folder
+    shorter = small_run(tmp_path / "shorter", steps=200, room=1_000).folder  # its replay grows
     qs.resume(shorter, steps=300, progress=False)
     assert_same_run(longer, shorter)
     with pytest.raises(qs.UsageError, match="`steps` is 100, but the run has already done 300"):
