@@ -2,20 +2,23 @@
 
 import dataclasses
 import json
+import types
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import learn
+from helpers import learn, random_batch
 
 import qscore as qs
 from qscore import lq
 from qscore.algorithms.cqsm import quadratic_features
 from qscore.closed_form import _return_gap, compare, continuous, return_gap
 from qscore.environments import LQ
+from qscore.train_host import Session
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "lq"
 STEPS = 1_280_000  # 100 seconds in each of 128 copies
@@ -253,6 +256,40 @@ def test_a_prescribed_cost_is_a_reward_and_no_time():
         constants = algorithm.constants(spec)
         assert float(constants.score_cost) == pytest.approx(cost)
         assert float(constants.discount_rate) == pytest.approx(0.3)
+
+
+def test_features_wait_until_they_have_seen_the_end_of_the_horizon():
+    algorithm = qs.CQSM(preset="linear_quadratic", test_function="gradient")
+    spec = qs.Spec(2, 1, dt=0.5, horizon=1.0, clock=("time",))
+    rows = random_batch(spec, 64, jr.key(0))
+    rows = dataclasses.replace(rows, terminated=jnp.zeros(64, bool))
+    last = dataclasses.replace(rows, terminated=jnp.ones(64, bool))
+    update = jax.jit(lambda state, batch: algorithm.update(state, batch, key=jr.key(1))[0])
+    state = algorithm.init(spec, key=jr.key(2))
+    for _ in range(8):  # four horizons long
+        state = update(state, rows)
+    assert not np.any(state.critic.theta) and not np.any(state.score.theta)
+    state = update(state, last)  # 64 and 128 ends, for 54 coefficients
+    assert np.any(state.critic.theta) and np.any(state.score.theta)
+
+
+def test_features_need_a_discount_or_an_end(tmp_path):
+    algorithm = qs.CQSM(preset="linear_quadratic", discount_rate=0.0)
+    with pytest.raises(qs.UsageError, match="`discount_rate` is 0 and .* above 0"):
+        qs.train(algorithm, "lq", steps=1_280, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    algorithm.init(qs.Spec(2, 1, dt=0.1, horizon=1.0, clock=("time",)), key=jr.key(0))
+
+
+def test_a_value_may_reach_beyond_the_time_limit():
+    problem = json.loads(LQ("lq").problem) | {"r0": 20.0, "discount_rate": 1e-4}
+    environment = LQ("lq", problem=json.dumps(problem))
+    task = environment.open()
+    reward = 20.0 * environment.dt
+    session: Any = types.SimpleNamespace(spec=task.spec, largest_reward=reward)
+    task.close()
+    right = lq.solve(environment.solved_problem).expected_q(np.zeros(2), np.eye(2))
+    assert 1e5 < right < Session._credible_value(session)
 
 
 def test_the_action_process_has_the_scores_drift_and_the_given_noise():

@@ -41,6 +41,7 @@ X = np.linspace(-2.0, 2.0, 6, dtype=np.float32)
 TABLE = np.arange(12.0, dtype=np.float32).reshape(3, 4)
 FUNCTIONS = {
     "arithmetic": lambda x, k: ((x + 2.0) * x - 1.0) / (x**2 + 1.0) - x**3,
+    "angles": lambda x, k: jnp.arccos(jnp.clip(x, -1.0, 1.0)),
     "elementary": lambda x, k: jnp.exp(-jnp.abs(x)) + jnp.sin(x) * jnp.tanh(x) + jnp.log1p(x * x),
     "activations": lambda x, k: jax.nn.silu(x) + jax.nn.relu(x) + jax.nn.softplus(x),
     "choices": lambda x, k: jnp.where(x > 0.5, x, jnp.clip(x, -1.0, 0.25)) + jnp.sign(x),

@@ -770,6 +770,8 @@ INVALID = {
     "`score_cost` must lie in (0, inf), got 0.": {"score_cost": 0},
     "`score_cost` must lie in (0, inf), got -0.3.": {"score_cost": -0.3},
     "`score_cost` must be a number, got [1.0].": {"score_cost": [1.0]},
+    "`score_cost` must be a number, got [[1], [1, 2]].": {"score_cost": [[1], [1, 2]]},
+    "`sigma_a` has rows of different lengths; got [[1], [1, 2]].": {"sigma_a": [[1], [1, 2]]},
     "`discount_rate` must lie in [0, inf), got -0.2.": {"discount_rate": -0.2},
     "`noise` must be a list of objects with C, D and e, got 3.": {"noise": 3},
     "`noise[0]` must be an object with the keys C, D, e; got 3.": {"noise": [3]},

@@ -156,7 +156,7 @@ def summarize(results: dict[str, Any], reference: str) -> dict[str, Any]:
 def markdown(table: dict[str, Any], reference: str) -> str:
     """The summary as a table; in brackets how many times as fast as the reference."""
     lines = [
-        "| | update, ms | one per call, ms | act, ms | loop, steps/s | compile, s | memory, MB "
+        "| | update, ms | one per call, ms | act, ms | loop, steps/s | compile, s | memory, MiB "
         f"| update, against {reference}'s one per call |\n|---|---|---|---|---|---|---|---|"
     ]
     for name, row in table.items():

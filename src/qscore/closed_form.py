@@ -68,10 +68,12 @@ def continuous(
         Q_0(a) = E Q(m + (dt/2)^(1/2) sigma_a xi) - dt/4 lambda |Psi(a)|^2,     Psi_0(a) = Psi(m)
 
     where state steps are exact: in the half step before it is held, the action moves from a under
-    the score and the noise, and pays for the score. What is left is O(dt^2) but for two terms of Q:
-    beta dt/2 times the discounted sum of the score's later costs, which are charged with the step
-    before the one they belong to; and lambda dt / (4 beta) |K_a sigma_a|^2, as a held action
-    answers its own noise late.
+    the score and the noise, and pays for the score. For the optimal score what is left is O(dt^2)
+    but for these terms of Q: beta dt/2 times the discounted sum of the score's later costs, which
+    are charged with the step before the one they belong to; lambda dt / (4 beta) |K_a sigma_a|^2,
+    as a held action answers its own noise late; and over a finite horizon what a terminal reward
+    of the action would change by in the last half step, in which the action does not move. A score
+    that is not greedy for its Q leaves another such term, as the action takes Euler's steps.
     """
     psi = score(action)
     middle = action + 0.5 * dt * psi

@@ -123,7 +123,7 @@ class Problem:
         B = _array("B", B, (n, None))
         d = B.shape[1]
         z = n + d
-        if np.ndim(sigma_a) == 0 and sigma_a is not None:
+        if not isinstance(sigma_a, list | tuple | None) and np.ndim(sigma_a) == 0:
             sigma_a = np.eye(d) * _number("sigma_a", sigma_a)
         fields = {
             "A": A,
@@ -654,7 +654,7 @@ def _check_numbers(name: str, value: Any) -> None:
 
 def _number(name: str, value: Any, *, above: float = -math.inf, least: float = -math.inf) -> float:
     if (
-        isinstance(value, bool | str | bytes)
+        isinstance(value, bool | str | bytes | list | tuple)
         or np.ndim(value)
         or np.asarray(value).dtype.kind not in "iuf"
     ):

@@ -23,7 +23,7 @@ BINARY = {
 }
 CALLS = {
     **{"exp": "np.exp", "log": "np.log", "log1p": "np.log1p", "expm1": "np.expm1"},
-    **{"sin": "np.sin", "cos": "np.cos", "tanh": "np.tanh", "sqrt": "np.sqrt"},
+    **{"sin": "np.sin", "cos": "np.cos", "acos": "np.arccos", "tanh": "np.tanh", "sqrt": "np.sqrt"},
     **{"abs": "np.abs", "sign": "np.sign", "neg": "-", "not": "~", "floor": "np.floor"},
     **{"max": "np.maximum", "min": "np.minimum", "is_finite": "np.isfinite"},
 }

@@ -537,8 +537,10 @@ class Session:
 
     def _credible_value(self) -> float:
         """What no critic's mean can honestly exceed, from the rewards seen so far."""
-        horizon = self.spec.horizon
+        horizon, rate = self.spec.horizon, self.spec.discount_rate
         steps = DEFAULT_LIMIT if horizon is None else horizon / self.spec.dt
+        if rate and "time" not in self.spec.clock:
+            steps = max(steps, 1.0 / (rate * self.spec.dt))  # values reach beyond the time limit
         # at least 1: where no reward has been seen yet an entropy bonus still has a value
         return BLOWN_UP * steps * max(self.largest_reward, 1.0)
 

@@ -28,10 +28,10 @@ the problem is linear-quadratic. `critic="network"` is an ensemble of networks l
 
 Deviations from the paper: (1) the next action is re-simulated, which makes replay valid; (2) the
 score cost can be tied to the running size of the critic's gradient (`cost_unit`), as a fixed one
-runs away when the gradient grows; (3) the penalty is charged for the displacement that the action's
-bounds let through, not for the score that asked for it, and not at all by the default preset, whose
-score cost is a step size and no part of the task; (4) network critics have target networks
-and take the smaller of two.
+runs away when the gradient grows; (3) network critics charge the penalty for the displacement that
+the action's bounds let through, not for the score that asked for it (features know no bounds), and
+the default preset charges none, as its score cost is a step size and no part of the task;
+(4) network critics have target networks and take the smaller of two.
 """
 
 from dataclasses import dataclass
@@ -137,11 +137,18 @@ class NetworkQ(eqx.Module):
         return self.mlp(standardize(self.moments, jnp.concatenate([obs, action])))[0]
 
 
+def _first(*values: Any) -> Any:
+    """The first that is not None."""
+    return next(value for value in values if value is not None)
+
+
 class FeatureLearner(eqx.Module):
     """Sums behind a linear critic; `diffusion` is fitted for weighted test functions."""
 
     sums: LeastSquares
     diffusion: DiffusionFit | None
+    ends: Float[Array, ""]
+    """Terminated rows among those learned from."""
 
 
 class NetworkLearner(eqx.Module):
@@ -318,31 +325,40 @@ class CQSM:
     def constants(self, spec: Spec) -> Constants:
         """The hyperparameters where they are given, else what the task prescribes."""
 
-        def first(*values: Any) -> Any:
-            return next(value for value in values if value is not None)
-
         def number(value: float) -> Float[Array, ""]:
             return jnp.asarray(value, jnp.float32)
 
-        noise = first(self.action_noise, spec.action_noise, ACTION_NOISE)
+        noise = _first(self.action_noise, spec.action_noise, ACTION_NOISE)
         prescribed = spec.score_cost if self.cost_unit == "reward" else None  # as it is meant
         matrix = jnp.asarray(noise, jnp.float32)
         if matrix.ndim == 0:
             matrix = matrix * jnp.eye(spec.action_size)
         return Constants(
-            discount_rate=number(first(self.discount_rate, spec.discount_rate, DISCOUNT_RATE)),
-            score_cost=number(first(self.score_cost, prescribed, SCORE_COST)),
+            discount_rate=number(self._discount_rate(spec)),
+            score_cost=number(_first(self.score_cost, prescribed, SCORE_COST)),
             action_noise=matrix,
             dt=jnp.asarray(spec.dt, jnp.float32),
             horizon=jnp.asarray(spec.horizon if spec.horizon else 1.0, jnp.float32),
             speed=jnp.asarray(1.0 / SCORE_COST if self.cost_unit == "gradient" else 1.0),
         )
 
+    def _discount_rate(self, spec: Spec) -> float:
+        return _first(self.discount_rate, spec.discount_rate, DISCOUNT_RATE)
+
     def init(self, spec: Spec, *, key: Key) -> CQSMState:
-        """A critic and a score of zero (features) or fresh networks."""
+        """A critic and a score of zero (features) or fresh networks.
+
+        Raises `ValueError` where features would learn without a discount and without an end.
+        """
         critic_key, score_key = jr.split(key)
         size = spec.obs_size - ("dt" in spec.clock)
         if self.critic == "features":
+            if self._discount_rate(spec) == 0.0 and "time" not in spec.clock:
+                raise ValueError(
+                    "`discount_rate` is 0 and the task does not observe its time: values of an "
+                    "infinite horizon are then infinite, and feature critics cannot learn them. "
+                    "Set `algorithm.discount_rate` above 0."
+                )
             time_degree = TIME_DEGREE if "time" in spec.clock else 0
             shape = jax.eval_shape(
                 lambda: quadratic_features(
@@ -360,6 +376,7 @@ class CQSM:
                     n, None if time_degree else len(moved_features(size, spec.action_size))
                 ),
                 diffusion,
+                jnp.zeros(()),
             )
         else:
             moments = Moments.unit(size + spec.action_size)
@@ -622,8 +639,12 @@ class CQSM:
             * jnp.exp(-state.learned / CAUTIOUS_SECONDS),
         )
         # the terminal reward is all that ties Q down in a finite horizon: it must have been seen
-        wait = 1.0 + (1.2 * constants.horizon if time_degree else 0.0)
-        ready = state.learned > wait
+        ends = learner.ends + jnp.sum(1.0 - alive)
+        if time_degree:
+            seen = ends >= critic.theta.shape[0]
+            ready = seen & (state.learned > 1.0 + 1.2 * constants.horizon)
+        else:
+            ready = state.learned > 1.0
         theta = jnp.where(ready, fit.theta, critic.theta)
         follow = -jnp.expm1(-self.relaxation_rate * seconds)
         old: Any = state.score
@@ -638,7 +659,7 @@ class CQSM:
         state = eqx.tree_at(
             lambda s: (s.critic, s.score, s.learner, s.gradient_scale),
             state,
-            (Quadratic(theta, time_degree), score, FeatureLearner(sums, diffusion), scale),
+            (Quadratic(theta, time_degree), score, FeatureLearner(sums, diffusion, ends), scale),
         )
         metrics = {
             "critic_loss": jnp.mean(increment**2 / batch.dt),
