@@ -265,7 +265,7 @@ def test_features_wait_until_they_have_seen_the_end_of_the_horizon():
     rows = dataclasses.replace(rows, terminated=jnp.zeros(64, bool))
     last = dataclasses.replace(rows, terminated=jnp.ones(64, bool))
     update = jax.jit(lambda state, batch: algorithm.update(state, batch, key=jr.key(1))[0])
-    state = algorithm.init(spec, key=jr.key(2))
+    state: Any = algorithm.init(spec, key=jr.key(2))
     for _ in range(8):  # four horizons long
         state = update(state, rows)
     assert not np.any(state.critic.theta) and not np.any(state.score.theta)

@@ -90,6 +90,13 @@ def test_dm_control_is_flattened_and_has_its_time_limit():
     assert not any(s.terminated for s in steps)
 
 
+def test_dm_controls_composer_has_its_limit_in_seconds_and_keeps_its_step():
+    task = Host("dm_control/reach_site_features-v0").open()
+    assert task.spec.dt == pytest.approx(0.04) and task.spec.horizon == pytest.approx(10.0)
+    with pytest.raises(ValueError, match=r"can only be its own, 0.04 s; got 0.08"):
+        Host("dm_control/reach_site_features-v0", dt=0.08).open()
+
+
 @pytest.mark.parametrize(
     "id", ["HalfCheetah-v5", "dm_control/cartpole-swingup-v0", "dm_control/walker-walk-v0"]
 )

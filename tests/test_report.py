@@ -152,6 +152,9 @@ def test_offline_runs_are_tasks_of_their_own_and_count_gradient_steps(tmp_path):
         "gradient steps",
         *["gradient, then environment steps"] * 2,
     ]
+    # lines are written at 50 steps a second; those on data are no environment steps
+    speeds = [report_module._speed(task.methods[0]) for task in panel.tasks]
+    assert speeds == ["150 (3 seeds)", "-", "38 (3 seeds)", "75 (3 seeds)"]
     report(folders, tmp_path / "r e (1).md", films=False)
     text = (tmp_path / "r e (1).md").read_text()
     assert "## Pendulum-v1, dataset=a|b.npz" in text

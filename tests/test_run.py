@@ -24,10 +24,10 @@ import pytest
 
 import qscore as qs
 from qscore import checkpoint, memory, train_host
-from qscore.environments import LQ
+from qscore.environments import LQ, DoubleWell
 from qscore.folder import Run, alone, new_folder
 from qscore.log import ProgressBar
-from qscore.run import _Loop, check
+from qscore.run import _Loop, check, interruptible
 
 pytestmark = pytest.mark.usefixtures("quick_programs")
 SMALL = {"hidden": (16, 16), "batch_size": 16, "warmup_steps": 60, "noise_levels": 2}
@@ -369,6 +369,53 @@ def test_an_algorithm_of_ones_own_is_refused_by_name(tmp_path):
         qs.train(Mine(), "Pendulum-v1", out=tmp_path / "run")
 
 
+def test_an_environment_is_what_its_name_stands_for(tmp_path):
+    class Steeper(DoubleWell):
+        pass
+
+    for task, message in (
+        (
+            Steeper("double_well"),
+            r"Steeper with the name 'double_well', .* stands for a DoubleWell",
+        ),
+        (
+            Steeper("steeper"),
+            r"Steeper with the name 'steeper', which stands for a Host\. Take that",
+        ),
+        (qs.Host("lq"), r"`environment` is a Host with the name 'lq', which stands for a LQ"),
+    ):
+        with pytest.raises(qs.UsageError, match=message):
+            qs.train(qs.QSM(), task, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_devices_memory_counts_besides_the_machines(monkeypatch):
+    algorithm, task = qs.TD3(), qs.Host("Ant-v5")
+    stats = {"bytes_limit": 2**30, "bytes_in_use": 2**29}
+    device = types.SimpleNamespace(memory_stats=lambda: stats)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    check(algorithm, task, qs.Settings(steps=100_000))
+    with pytest.raises(qs.UsageError, match=r"takes 0\.8 GiB .*; 0\.5 GiB are free on the device"):
+        check(algorithm, task, qs.Settings(steps=1_000_000))
+    stats["bytes_limit"] = 2**40
+    monkeypatch.setattr(memory, "available", lambda: 2**30)
+    with pytest.raises(qs.UsageError, match=r"and as much again .*; 1\.0 GiB are free\. Lower"):
+        check(algorithm, task, qs.Settings(steps=1_000_000))
+
+
+def test_a_handler_from_elsewhere_is_no_error(monkeypatch):
+    """Python cannot know one that C installed, and says None."""
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    with interruptible() as asked:
+        signal.raise_signal(signal.SIGTERM)
+        assert asked()
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    for number, handler in usual.items():
+        signal.signal(number, handler)
+
+
 def test_a_class_is_no_algorithm(tmp_path):
     kind: Any = qs.QSM
     with pytest.raises(qs.UsageError, match=r"`algorithm` is .*qs.QSM\(\)"):
@@ -409,11 +456,13 @@ def test_a_run_in_bf16_keeps_float32_parameters_and_resumes_bit_for_bit(tmp_path
 def test_the_step_of_an_interrupt_can_become_the_end(tmp_path, monkeypatch):
     interrupt_at(150, monkeypatch)
     with pytest.raises(qs.Interrupted):
-        small_run(tmp_path / "run")
+        small_run(tmp_path / "run", log_every=100)
     monkeypatch.undo()
     run = qs.resume(tmp_path / "run", steps=150, progress=False)
     assert run.summary["env_steps"] == 150
+    assert lines(run.folder, "metrics")[-1]["env_steps"] == 150
     assert lines(run.folder, "evals")[-1]["env_steps"] == 150
+    assert_same_run(small_run(tmp_path / "whole", steps=150, log_every=100).folder, run.folder)
 
 
 def test_resume_refuses_what_train_refuses(tmp_path):

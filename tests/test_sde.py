@@ -236,7 +236,7 @@ def test_what_leaves_the_numbers_and_begins_anew_within_a_chunk_is_seen():
     algorithm = qs.TD3(hidden=(8,), warmup_steps=10**6)
     collector = DeviceCollector(algorithm, RUNAWAY, jr.key(0))
     agent = algorithm.init(RUNAWAY.spec, key=jr.key(0))
-    with pytest.raises(EnvironmentFailure, match="lq left the numbers"):
+    with pytest.raises(EnvironmentFailure, match="lq diverged"):
         for chunk in range(2):
             collector.collect(agent, chunk * collector.chunk, collector.chunk)
 
@@ -244,7 +244,7 @@ def test_what_leaves_the_numbers_and_begins_anew_within_a_chunk_is_seen():
 def test_an_evaluation_that_leaves_the_numbers_is_refused():
     algorithm = qs.TD3(hidden=(8,))
     agent = algorithm.init(RUNAWAY.spec, key=jr.key(0))
-    with pytest.raises(EnvironmentFailure, match="lq left the numbers in an evaluation"):
+    with pytest.raises(EnvironmentFailure, match="lq diverged in an evaluation"):
         evaluate_on_device(algorithm, RUNAWAY, agent, [0, 1], key=jr.key(0))
 
 

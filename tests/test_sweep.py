@@ -749,10 +749,17 @@ def test_what_a_trial_would_refuse_is_refused_with_its_line(tmp_path, monkeypatc
             7,
             r"a run takes 0.0 GiB \(1 x 1280000 transitions",
         ),
+        (
+            "seeds = 2\n[resources]\nworkers = 2\n[settings]\nsteps = 640_000\n[algorithm]\n"
+            "replay_capacity = 640_000",
+            10,
+            r"2 trials side by side take 0.0 GiB \(1 x 640000 transitions .* each\)",
+        ),
     ):
         path.write_text(head + rest)
         with pytest.raises(qs.UsageError, match=f"s.toml, line {line}: lq-td3.*/seed-0: {words}"):
             sweep(path)
+    few.available = 2**34
     problem = json.dumps({**json.loads(LQ("lq").problem), "B": [[0.0]], "noise": []})
     head = head.replace('["td3"]', '["td3", "cqsm"]')
     path.write_text(f"{head}[environment.lq]\nproblem = '{problem}'")

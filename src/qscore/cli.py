@@ -88,7 +88,7 @@ class List:
     """Name the algorithms and environments there are."""
 
     what: tyro.conf.Positional[Literal["all", "algorithms", "environments"]] = "all"
-    """Which of the two."""
+    """What to list."""
 
 
 @dataclass(frozen=True)

@@ -262,7 +262,23 @@ def presets(algorithm: type) -> tuple[str, ...]:
 
 def environment_name(environment: Environment) -> str:
     """The name the command line knows an environment by."""
-    return getattr(environment, "id", type(environment).__name__.lower())
+    return environment.id
+
+
+def registered_name(environment: Environment) -> str:
+    """The same, of one that is what its name stands for: run folders know it by nothing else.
+
+    Raises `ValueError`.
+    """
+    name, kind = getattr(environment, "id", None), type(environment).__name__
+    if not isinstance(name, str):
+        raise ValueError(f"`environment` is a {kind}; it must be a name, or have one in `id`.")
+    if (known := environment_class(name)) is not type(environment):
+        raise ValueError(
+            f"`environment` is a {kind} with the name {name!r}, which stands for a "
+            f"{known.__name__}. Take that, or put {kind} into `qscore.ENVIRONMENTS`."
+        )
+    return name
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -273,7 +289,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a small file as a whole: never half of it, whenever the machine dies."""
     scratch = path.with_suffix(".tmp")
-    with open(scratch, "w") as file:
+    with open(scratch, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -51,7 +51,7 @@ class RunLog:
         self._board.add_scalar(f"seed-{row['seed']}/eval_return", mean, row["env_steps"])
 
     def offset(self, stream: str) -> int:
-        """A file's length in bytes, once everything is on the disk.
+        """A file's length in bytes, once its lines are on the disk.
 
         One stream may be written by one thread and another one by another.
         """

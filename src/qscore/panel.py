@@ -201,7 +201,7 @@ def _method_settings(run: Run) -> dict[str, Any]:
     """What distinguishes methods: fields that are not defaults, and how the run is computed."""
     settings = non_defaults(run.algorithm)
     for name in TRAINING_FIELDS:
-        if (value := getattr(run.environment, name, 1)) != 1:
+        if (value := getattr(run.environment, name)) != 1:
             settings[name] = value
     if run.settings.precision != "f32":
         settings["precision"] = run.settings.precision

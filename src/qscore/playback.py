@@ -29,7 +29,11 @@ MAX_FRAME_RATE = 50
 
 
 class LoadedPolicy:
-    """One seed's trained policy: NumPy in, NumPy out, in the environment's own action units."""
+    """One seed's trained policy: NumPy in, NumPy out, in the environment's own action units.
+
+    The carry is opaque: pass on what the last call returned. Noise comes from `key` alone, so fold
+    the step into it; the same key repeats the noise.
+    """
 
     def __init__(self, policy: Policy, agent: Any, low: np.ndarray, high: np.ndarray):
         self._policy, self._read = policy, policy.read(agent)
@@ -65,9 +69,11 @@ def load(
     run = Run.open(folder)
     seed = run.settings.seed_start if seed is None else seed
     task = as_usage_error(run.environment.open)
-    _, agents = load_agents(run, task.spec, [seed])
-    low, high = task.action_bounds
-    task.close()
+    try:
+        _, agents = load_agents(run, task.spec, [seed])
+        low, high = task.action_bounds
+    finally:
+        task.close()
     kind = exploration_policy if explore else evaluation_policy
     return LoadedPolicy(kind(run.algorithm, task.spec, rows=1), agents[seed], low, high)
 
@@ -109,11 +115,7 @@ def evaluate(
     if best_of != 1:  # refused before anything is opened
         as_usage_error(lambda: with_best_of(run.algorithm, best_of))
     task = as_usage_error(run.environment.open)
-    tasks = [task] + [
-        run.environment.open() for _ in range(min(episodes, train_host.EVAL_ROWS) - 1)
-    ]
-    seeds = run.settings.seed_list
-    _, agents = load_agents(run, task.spec, seeds)
+    tasks, seeds = [task], run.settings.seed_list
 
     def play(best_of: int) -> tuple[list[list[float]], list[list[int]]]:
         policy = (
@@ -133,6 +135,8 @@ def evaluate(
         return [returns for returns, _ in results], [lengths for _, lengths in results]
 
     try:
+        _, agents = load_agents(run, task.spec, seeds)
+        tasks += [run.environment.open() for _ in range(min(episodes, train_host.EVAL_ROWS) - 1)]
         if video is not None:  # first: what cannot be filmed is said before the long part
             policy = evaluation_policy(run.algorithm, task.spec, best_of=best_of)
             _film(run, policy, agents[seeds[0]], seed, Path(video))

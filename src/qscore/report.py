@@ -322,13 +322,15 @@ def _mean_over(method: Method, task: Task, share: float) -> str:
 
 
 def _speed(method: Method) -> str:
-    """Environment steps per second of each run, all of its seeds together."""
+    """Environment steps per second of each run, of all its seeds; steps on data do not count."""
     speeds = []
     for run in method.runs:
         own = [seed for seed in method.seeds.values() if seed.run is run]
         last = [seed.evals[max(seed.evals)] for seed in own]
-        steps = sum(row["env_steps"] for row in last)
-        if seconds := max(row["seconds"] for row in last):
+        steps = sum(row["env_steps"] - run.settings.offline_steps for row in last)
+        if steps <= 0:
+            speeds.append("-")
+        elif seconds := max(row["seconds"] for row in last):
             plural = "s" if len(own) > 1 else ""
             speeds.append(f"{steps / seconds:,.0f} ({len(own)} seed{plural})")
     return ", ".join(speeds)

@@ -167,7 +167,7 @@ class DeviceCollector:
     def collect(self, agent: State, env_steps: int, count: int) -> Transition:
         """`count` transitions from `env_steps` on, in a block of `chunk` rows.
 
-        Raises `EnvironmentFailure` where the state left the numbers.
+        Raises `EnvironmentFailure` where the state diverged.
         """
         envs = self.environment.num_envs
         self.rows, block = self._collect(
@@ -177,7 +177,7 @@ class DeviceCollector:
         returns = np.append(np.asarray(self.rows.returns), np.asarray(self.rows.finished))
         if not np.isfinite(returns).all():
             raise EnvironmentFailure(
-                f"{self.environment.id} left the numbers: its state grew without bound under the "
+                f"{self.environment.id} diverged: its state grew without bound under the "
                 "actions taken."
             )
         return block
@@ -255,13 +255,13 @@ def evaluate_on_device(
 ) -> tuple[list[float], list[int]]:
     """Returns and lengths of the episodes that belong to `seeds`, exploration off.
 
-    Raises `EnvironmentFailure` where the state left the numbers.
+    Raises `EnvironmentFailure` where the state diverged.
     """
     program = compiled_evaluation(algorithm, environment, len(seeds))
     returns, lengths = program(agent, np.asarray(seeds, np.int32), key)
     if not np.isfinite(np.asarray(returns)).all():
         raise EnvironmentFailure(
-            f"{environment.id} left the numbers in an evaluation: its state grew without bound "
+            f"{environment.id} diverged in an evaluation: its state grew without bound "
             "under the policy."
         )
     return np.asarray(returns).astype(float).tolist(), np.asarray(lengths).tolist()
@@ -281,7 +281,7 @@ def record(
     the action before it; what leaves [-1, 1] is clipped, as the environment does.
 
     Raises `ValueError` where episodes are not all equally long, `EnvironmentFailure` where the
-    state left the numbers.
+    state diverged.
     """
     if environment.irregular:
         raise ValueError("`environment` must have regular steps; leave out `dt_min` and `dt_max`.")
@@ -308,6 +308,6 @@ def record(
         raise ValueError(f"episodes of {environment.id} end early; their lengths must be equal.")
     if not np.isfinite(np.asarray(episodes.next_obs)).all():
         raise EnvironmentFailure(
-            f"{environment.id} left the numbers: its state grew without bound under `move`."
+            f"{environment.id} diverged: its state grew without bound under `move`."
         )
     return episodes

@@ -36,6 +36,7 @@ from qscore.folder import (
     environment_name,
     installed_versions,
     new_folder,
+    registered_name,
     write_json,
 )
 from qscore.log import ProgressBar, RunLog
@@ -84,9 +85,8 @@ def train(
     With a `dataset`, for `steps` gradient steps on it and then `online_steps` in the environment.
 
     As `qscore train`, which on some tasks has other defaults for `steps` and the preset; see
-    `Settings` for the arguments. Raises `UsageError` for a request
-    that cannot be carried out, before anything is written, and `RunStopped` for a run that ends
-    early.
+    `Settings` for the arguments. Raises `UsageError` for a request that cannot be carried out,
+    before anything is written, and `RunStopped` for a run that ends early.
     """
     if isinstance(algorithm, type) or not hasattr(algorithm, "update"):
         raise UsageError(f"`algorithm` is {algorithm!r}; it must be one with its fields: qs.QSM().")
@@ -96,6 +96,7 @@ def train(
         if isinstance(environment, str)
         else environment
     )
+    name = as_usage_error(lambda: registered_name(task))
     settings = as_usage_error(
         lambda: Settings(
             steps=steps,
@@ -117,7 +118,7 @@ def train(
         _check_empty(Path(out))
     # what is wrong with the task or the data is said before anything is written
     data = _load_data(settings, algorithm, task)
-    name, made_in = environment_name(task), None if data is None else data.environment
+    made_in = None if data is None else data.environment
     if made_in and datasets.unversioned(made_in) != datasets.unversioned(name) and progress:
         print(f"warning: {dataset} was recorded in {made_in}, not in {name}.", file=sys.stderr)
     if algorithm.warmup_steps >= steps and dataset is None and progress:
@@ -194,9 +195,10 @@ def resume(folder: str | os.PathLike, *, steps: int | None = None, progress: boo
 
 @contextlib.contextmanager
 def _resumable(run: Run) -> Iterator[None]:
-    """An interrupt that the loop does not see says how to go on as well: while programs are
+    """Turn an interrupt outside the loop into `Interrupted`.
 
-    compiled, a checkpoint is read, or a run is compared at its end; and the second one.
+    That is one while programs compile, a checkpoint is read or the final comparison runs, and any
+    second one.
     """
     ours = threading.current_thread() is threading.main_thread()  # only it may handle signals
     usual = signal.getsignal(signal.SIGTERM)
@@ -208,17 +210,24 @@ def _resumable(run: Run) -> Iterator[None]:
         raise Interrupted(f"interrupted; {run.how_to_resume}") from None
     finally:
         if ours:
-            signal.signal(signal.SIGTERM, usual)
+            _restore_handler(signal.SIGTERM, usual)
 
 
-def check(algorithm: Algorithm, environment: Environment, settings: Settings) -> Settings:
+def _restore_handler(number: int, usual: Any) -> None:
+    # None is a handler that was not installed from Python, which Python cannot put back
+    signal.signal(number, signal.SIG_DFL if usual is None else usual)
+
+
+def check(
+    algorithm: Algorithm, environment: Environment, settings: Settings, *, beside: int = 1
+) -> Settings:
     """All that `train` would refuse, without an `out`. The settings with what was left open.
 
-    Raises `UsageError`.
+    `beside` is how many such runs share the memory. Raises `UsageError`.
     """
     settings = filled(settings, environment)
     _check_multiples(settings, environment.num_envs)
-    _load_data(settings, algorithm, environment)
+    _load_data(settings, algorithm, environment, beside=beside)
     return settings
 
 
@@ -236,11 +245,12 @@ def filled(settings: Settings, task: Environment) -> Settings:
 
 
 def _load_data(
-    settings: Settings, algorithm: Algorithm, environment: Environment
+    settings: Settings, algorithm: Algorithm, environment: Environment, *, beside: int = 1
 ) -> Dataset | None:
-    """The data set of a run. Opens the environment once: what is wrong with either is said here,
+    """Load the run's data set, if it has one.
 
-    that the buffers do not fit, and that the closed form a run ends with does not exist.
+    Opens the environment once, so that a bad environment, bad data, buffers too large and an
+    unsolvable problem are refused here. Raises `UsageError`.
     """
     task = as_usage_error(environment.open)
     try:
@@ -252,7 +262,8 @@ def _load_data(
             f"{settings.dataset} has {len(data)} transitions, more than "
             f"`algorithm.replay_capacity`, {algorithm.replay_capacity}."
         )
-    _check_memory(settings, algorithm, environment, task.spec, 0 if data is None else len(data))
+    recorded = 0 if data is None else len(data)
+    _check_memory(settings, algorithm, environment, task.spec, recorded, beside)
     if (compared := _compared(algorithm, environment)) is not None:
         as_usage_error(lambda: lq.solve(compared.solved_problem))
     return data
@@ -266,9 +277,14 @@ def _compared(algorithm: Algorithm, environment: Environment) -> LQ | None:
 
 
 def _check_memory(
-    settings: Settings, algorithm: Algorithm, environment: Environment, spec: Spec, recorded: int
+    settings: Settings,
+    algorithm: Algorithm,
+    environment: Environment,
+    spec: Spec,
+    recorded: int,
+    beside: int,
 ) -> None:
-    """Refuse what the free memory does not hold twice: a checkpoint copies it."""
+    """Refuse what the device does not hold, or the machine not twice: a checkpoint copies it."""
     rows = replay_rows(
         algorithm,
         environment,
@@ -278,22 +294,29 @@ def _check_memory(
     )
     size = replay.row_bytes(spec)
     stats = jax.devices()[0].memory_stats()  # none on a CPU
-    free = stats["bytes_limit"] - stats["bytes_in_use"] if stats else memory.available()
-    leaves = jax.tree.leaves(agent_shapes(algorithm, spec))
+    left = stats["bytes_limit"] - stats["bytes_in_use"] if stats else math.inf
+    free = memory.available()
+    leaves = jax.tree.leaves(as_usage_error(lambda: agent_shapes(algorithm, spec)))
     learner = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    needed = settings.seeds * (rows * size + learner)
-    if 2 * needed <= free:
+    needed = beside * settings.seeds * (rows * size + learner)
+    if needed <= left and 2 * needed <= free:
         return
     sizes = (
         f"{settings.seeds} x {rows} transitions of {size} bytes and {learner / 2**20:.1f} MiB "
         "that are learned"
     )
     remedy = "Lower `algorithm.replay_capacity` or `seeds`."
+    if beside > 1:
+        remedy = "Lower `algorithm.replay_capacity`, `seeds_per_trial` or `resources.workers`."
     if learner > rows * size:
         remedy = "Take fewer `seeds`, smaller networks, or network critics in place of features."
+    runs = "a run takes" if beside == 1 else f"{beside} trials side by side take"
+    takes = f"{runs} {needed / 2**30:.1f} GiB ({sizes}{'' if beside == 1 else ' each'})"
+    if needed > left:
+        raise UsageError(f"{takes}; {left / 2**30:.1f} GiB are free on the device. {remedy}")
     raise UsageError(
-        f"a run takes {needed / 2**30:.1f} GiB ({sizes}), and as much again while a checkpoint is "
-        f"written; {free / 2**30:.1f} GiB are free. {remedy}"
+        f"{takes}, and as much again while a checkpoint is written; {free / 2**30:.1f} GiB are "
+        f"free. {remedy}"
     )
 
 
@@ -440,6 +463,7 @@ class _Loop:
         if self.env_steps < settings.total_steps:
             (self.run.folder / "summary.json").unlink(missing_ok=True)  # of a shorter run
         elif self.env_steps not in self.run.rows("evals").get(self.sessions[0].seed, {}):
+            self._log_metrics()
             save(evaluate=True)  # an interrupt's checkpoint is now the end
         clock = time.perf_counter()
         while self.env_steps < settings.total_steps:
@@ -628,7 +652,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     def handler(number: int, frame: Any) -> None:
         asked.set()
         for each, old in usual.items():
-            signal.signal(each, old)
+            _restore_handler(each, old)
 
     for number in usual:
         signal.signal(number, handler)
@@ -636,7 +660,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         yield asked.is_set
     finally:
         for number, old in usual.items():
-            signal.signal(number, old)
+            _restore_handler(number, old)
 
 
 def plot_run(run: Run) -> None:

@@ -93,9 +93,9 @@ def ranked(scores: Mapping[str, Scores]) -> dict[str, Interval]:
 
 
 def probability_of_improvement(scores: Scores, others: Scores) -> Interval:
-    """How probable it is that a seed of `scores` does better than one of `others`, on average over
+    """How likely a seed of `scores` beats one of `others`, averaged over tasks.
 
-    the tasks, and its 95% bootstrap interval. Ties count as a half.
+    Returns the figure and its 95% bootstrap interval; ties count as a half.
     """
     require_rliable()
     tasks = len(scores)

@@ -4,6 +4,7 @@ No disk, clock or terminal here: `run` drives a `Session` per seed and does the 
 """
 
 import dataclasses
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import jax
@@ -80,18 +81,32 @@ class Policy:
 
     def __init__(self, algorithm: Algorithm, spec: Spec, rows: int, *, explore: bool):
         self.algorithm, self.spec, self.rows, self.explore = algorithm, spec, rows, explore
-        self._shapes, self._treedef = jax.tree.flatten(agent_shapes(algorithm, spec))
+
+    def compile(self) -> None:
+        """Compile now, in this thread; otherwise the first call does."""
+        _ = self._program
+
+    @cached_property
+    def _program(self) -> tuple[list[int], Any]:
+        """Which leaves of an agent are read, and the compiled function of them."""
+        self._shapes, self._treedef = jax.tree.flatten(agent_shapes(self.algorithm, self.spec))
         carry = jax.eval_shape(self.init_carry)
-        obs = jax.ShapeDtypeStruct((rows, spec.obs_size), jnp.float32)
+        obs = jax.ShapeDtypeStruct((self.rows, self.spec.obs_size), jnp.float32)
         place = jax.ShapeDtypeStruct((2,), jnp.uint32)
         traced = jax.make_jaxpr(self._act_all)(self._shapes, carry, obs, jr.key(0), place)
         used = {id(var) for equation in traced.eqns for var in equation.invars}
         used |= {id(var) for var in traced.jaxpr.outvars}
         inputs = traced.jaxpr.invars[: len(self._shapes)]
-        self._read = [i for i, var in enumerate(inputs) if id(var) in used]
-        read = [self._shapes[i] for i in self._read]
-        lowered = jax.jit(self._act_read).lower(read, carry, obs, jr.key(0), place)
-        self._compiled = lowered.compile()
+        reads = [i for i, var in enumerate(inputs) if id(var) in used]
+
+        def act(read, carry, obs, key, place):
+            leaves: list[Any] = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in self._shapes]
+            for i, leaf in zip(reads, read, strict=True):
+                leaves[i] = leaf
+            return self._act_all(leaves, carry, obs, key, place)
+
+        read = [self._shapes[i] for i in reads]
+        return reads, jax.jit(act).lower(read, carry, obs, jr.key(0), place).compile()
 
     def init_carry(self) -> Any:
         """The carry at the start of an episode, for every row."""
@@ -100,8 +115,8 @@ class Policy:
 
     def read(self, state: State) -> list[jax.Array]:
         """What acting needs of an agent."""
-        leaves = jax.tree.leaves(state)
-        return [leaves[i] for i in self._read]
+        leaves, (reads, _) = jax.tree.leaves(state), self._program
+        return [leaves[i] for i in reads]
 
     def __call__(
         self,
@@ -116,15 +131,9 @@ class Policy:
 
         Row i draws from `fold_in(fold_in(key, step), first + i)`.
         """
-        place = np.array((step, first), np.uint32)
-        action, carry = self._compiled(read, carry, obs, key, place)
+        _, program = self._program
+        action, carry = program(read, carry, obs, key, np.array((step, first), np.uint32))
         return np.asarray(action), carry
-
-    def _act_read(self, read, carry, obs, key, place):
-        leaves: list[Any] = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in self._shapes]
-        for i, leaf in zip(self._read, read, strict=True):
-            leaves[i] = leaf
-        return self._act_all(leaves, carry, obs, key, place)
 
     def _act_all(self, leaves, carry, obs, key, place):
         state = jax.tree.unflatten(self._treedef, leaves)
@@ -171,7 +180,7 @@ def agent_shapes(algorithm: Algorithm, spec: Spec) -> Any:
 
 
 class Diverged(FloatingPointError):
-    """Training produced a number that is not finite."""
+    """Training produced a number that is not finite, or a critic beyond all returns."""
 
 
 def inadmissible(metrics: dict[str, float]) -> str:
@@ -274,6 +283,12 @@ def evaluate(
     return returns, lengths
 
 
+@partial(jax.jit, static_argnums=2, donate_argnums=0)  # a second buffer may not fit
+def _filled(rows: Transition, part: Transition, start: int) -> Transition:
+    """The rows with `part` from row `start` on, in the memory of `rows`."""
+    return jax.tree.map(lambda all, own: all.at[start : start + len(own)].set(own), rows, part)
+
+
 def _reset_rows(carry: Any, fresh: Any, row: int) -> Any:
     return jax.tree.map(lambda now, start: now.at[row].set(start[row]), carry, fresh)
 
@@ -299,6 +314,7 @@ class HostCollector:
         self.tasks = [environment.open() for _ in range(environment.num_envs)]
         self.spec = self.tasks[0].spec
         self._explore = exploration_policy(algorithm, self.spec, len(self.tasks))
+        self._explore.compile()
         self._uniform = _compiled_uniform(len(self.tasks), self.spec.action_size)
         self.chunk = chunk_steps(environment)
         rows = len(self.tasks)
@@ -473,16 +489,15 @@ class Session:
             algorithm, environment, steps=steps, recorded=self.recorded, offline_steps=offline_steps
         )
         self._evaluation = evaluation_policy(algorithm, self.spec) if eval_episodes else None
-        if self._evaluation is not None and isinstance(environment, SDEEnvironment):
-            compiled_evaluation(self._evaluation.algorithm, environment, eval_episodes)
+        if self._evaluation is not None:
+            if isinstance(environment, SDEEnvironment):
+                compiled_evaluation(self._evaluation.algorithm, environment, eval_episodes)
+            else:
+                self._evaluation.compile()
         self._chunk = compiled_chunk(algorithm, self.spec, self.capacity, self.chunk, precision)
         self.runner = compiled_init(algorithm, self.spec, self.capacity)(init_key)
         if data is not None:
-            rows = jax.tree.map(
-                lambda empty, recorded: empty.at[: self.recorded].set(recorded),
-                self.runner.replay.data,
-                data,
-            )
+            rows = _filled(self.runner.replay.data, data, 0)
             filled = replay.Replay(rows, jnp.array(self.recorded, jnp.int32))
             self.runner = Runner(self.runner.agent, filled, self.runner.updates)
         self.env_steps = 0
@@ -618,15 +633,13 @@ class Session:
         """Continue from a snapshot. False where an environment did not repeat its episode."""
         self.env_steps, self.updates = counters["env_steps"], counters["updates"]
         self.sums, self.summed = dict(counters["sums"]), counters["summed"]
-        self.largest_reward = counters.get("largest_reward", 0.0)  # older runs had none
-        data = jax.tree.map(
-            lambda saved, rows: rows.at[self.recorded : self.recorded + len(saved)].set(saved),
-            arrays["replay"],
-            self.runner.replay.data,
-        )
+        self.largest_reward = counters["largest_reward"]
         self.runner = Runner(
             agent=jax.tree.map(jnp.array, arrays["agent"]),
-            replay=replay.Replay(data, jnp.array(arrays["added"])),
+            replay=replay.Replay(
+                _filled(self.runner.replay.data, arrays["replay"], self.recorded),
+                jnp.array(arrays["added"]),
+            ),
             updates=jnp.array(arrays["updates"]),
         )
         return self.collector.restore(counters["collector"], arrays["collector"])

@@ -58,6 +58,11 @@ class Environment(Protocol):
     """A frozen, JSON-able description of an environment, as the command line makes it."""
 
     @property
+    def id(self) -> str:
+        """The name that the command line and run folders know it by."""
+        ...
+
+    @property
     def num_envs(self) -> int:
         """Copies that collect experience side by side."""
         ...

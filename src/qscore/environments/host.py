@@ -256,8 +256,11 @@ def _check_spaces(id: str, env: gym.Env) -> None:
 
 
 def _time_limit(env: gym.Env) -> int | None:
-    """Steps until an episode is cut, or None; dm_control states its own in another place."""
-    own = getattr(getattr(env.unwrapped, "_env", None), "_step_limit", None)
+    """Steps until an episode is cut, or None; dm_control states its own in other places."""
+    control: Any = getattr(env.unwrapped, "_env", None)
+    own = getattr(control, "_step_limit", None)
+    if own is None and hasattr(control, "_time_limit"):  # a composer's, in seconds
+        own = control._time_limit / control.control_timestep()
     limits = [env.spec.max_episode_steps if env.spec else None, own]
     known = [round(limit) for limit in limits if limit is not None and np.isfinite(limit)]
     return min(known, default=None)
@@ -276,7 +279,7 @@ def _set_dt(env: gym.Env, config: Host, native_dt: float, render_mode: str | Non
     assert dt is not None
     task: Any = env.unwrapped
     is_dm_control = config.id.startswith("dm_control/")
-    if is_dm_control:
+    if is_dm_control and hasattr(task._env, "_step_limit"):
         physics_step = float(task._env.physics.timestep())
     elif hasattr(task, "frame_skip") and hasattr(task, "model"):  # Gymnasium's MuJoCo tasks
         physics_step = float(task.model.opt.timestep)

@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qscore import sde
 from qscore.config import Range, validate
 from qscore.environments.base import EnvironmentFailure, Step
+from qscore.programs import kept
 from qscore.types import Key, Spec
 
 MOST_STEPS = 10**9
@@ -230,6 +231,20 @@ class SDEEnvironment(ABC):
         return SDETask(self)
 
 
+@kept
+def _programs(environment: SDEEnvironment) -> tuple[Any, Any]:
+    """Beginning an episode and advancing it, compiled once for all copies."""
+
+    def begin(key):
+        state = environment.begin(key)
+        return state, environment.observation(state)
+
+    def advance(state, action, key, step):
+        return environment.advance(state, action, key=jr.fold_in(key, step))
+
+    return jax.jit(begin), jax.jit(advance)
+
+
 class SDETask:
     """One copy of an SDE environment in host memory: what evaluation and playback drive."""
 
@@ -237,17 +252,10 @@ class SDETask:
         self.environment, self.spec = environment, environment.spec
         bound = np.asarray(environment.action_bound, np.float32)
         self.action_bounds = (-bound, bound)
-        self._begin = jax.jit(lambda key: self._seen(environment.begin(key)))
-        self._advance = jax.jit(self._step)
+        self._begin, self._advance = _programs(environment)
         self._key, self._steps = jr.key(0), 0
         self._state: Any = None
         self._action = np.zeros(len(bound), np.float32)
-
-    def _seen(self, state: SDEState):
-        return state, self.environment.observation(state)
-
-    def _step(self, state, action, key, step):
-        return self.environment.advance(state, action, key=jr.fold_in(key, step))
 
     def reset(self, seed: int) -> np.ndarray:
         """Begin the episode that belongs to `seed`."""
@@ -267,7 +275,7 @@ class SDETask:
         obs, reward = np.asarray(out.obs), float(out.reward)
         if not (np.isfinite(obs).all() and math.isfinite(reward)):
             raise EnvironmentFailure(
-                f"{self.environment.id} left the numbers after {self._steps} steps "
+                f"{self.environment.id} diverged after {self._steps} steps "
                 f"(reward {reward}); its state grew without bound under these actions."
             )
         return Step(obs, reward, bool(out.terminated), bool(out.truncated), float(out.dt))

@@ -161,11 +161,13 @@ def _engine(asked: Sweep) -> Any:
 
 
 def _check_trials(asked: Sweep) -> None:
-    """Refuse now what the trials would refuse later. Those that differ in their seeds alone, or in
+    """Refuse now what trials would refuse later.
 
-    fields that decide nothing here, are alike.
+    Trials that differ only in seeds, or in fields that decide nothing here, are checked once.
     """
     seen = set()
+    # where Ray puts its trials is not known
+    beside = min(local.workers(asked), len(asked.trials)) if asked.engine == "local" else 1
     for trial in asked.trials:
         settings = dataclasses.replace(trial.settings, seed_start=0)
         # what a closed form is asked for of, and what takes memory
@@ -174,7 +176,7 @@ def _check_trials(asked: Sweep) -> None:
         if key not in seen:
             seen.add(key)
             try:
-                run.check(trial.algorithm, trial.environment, settings)
+                run.check(trial.algorithm, trial.environment, settings, beside=beside)
             except UsageError as error:
                 asked.refuse(trial, error)
 

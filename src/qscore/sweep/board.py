@@ -128,10 +128,9 @@ class Board:
             self.show()
 
     def counts(self) -> dict[str, Any]:
-        """How many trials are in which stage, seconds left, and on each environment the best
+        """Trials by stage, seconds left, and the best configuration of each environment so far.
 
-        configuration by the mean of its trials' last returns: of so many trials, so far. Those that
-        failed or were stopped early have none that could be compared.
+        "Best" is by the mean of its trials' last returns; failed and stopped trials do not count.
         """
         stages = Counter(entry.stage for entry in self.entries.values())
         work = sum(entry.share for entry in self.entries.values())

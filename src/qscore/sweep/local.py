@@ -25,6 +25,11 @@ def ready(sweep: Sweep) -> Iterator[None]:
     yield
 
 
+def workers(sweep: Sweep) -> int:
+    """How many trials run at a time."""
+    return sweep.resources.workers or cores_here() // sweep.resources.cores
+
+
 def run(sweep: Sweep, todo: Sequence[Trial], board: Board, stopping: Callable[[], bool]) -> None:
     """Do the trials, in their order, as long as not too many have failed."""
 
@@ -43,7 +48,6 @@ def run(sweep: Sweep, todo: Sequence[Trial], board: Board, stopping: Callable[[]
         )
         board.ended(trial.name, "interrupted" if state == "stopped" else state, message)
 
-    workers = sweep.resources.workers or cores_here() // sweep.resources.cores
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers(sweep)) as pool:
         for _ in pool.map(one, todo):
             pass

@@ -353,9 +353,9 @@ class Sweep:
         return self.search is not None and self.search.sampler == "optuna"
 
     def refuse(self, trial: Trial, message: object) -> NoReturn:
-        """Raises `UsageError` about a trial, with the line of the field that the message names
+        """Raise `UsageError` about a trial, with a line of the file.
 
-        first, and of the environments where it names none that stands in the file.
+        The line is that of the first field that the message names, else that of `environments`.
         """
         tables = [
             *(("settings",), ("algorithm",), ("environment",)),
