@@ -50,6 +50,7 @@ def with_products(function: Callable[..., Any], precision: Precision = "f32") ->
         return function
     product = functools.partial(_product, precision=precision)
 
+    @functools.wraps(function)  # the compiled program has its name
     def replaced(*args: Any) -> Any:
         program, shape = jax.make_jaxpr(function, return_shape=True)(*args)
         outputs = jaxpr_as_fun(_replaced(program, product))(*jax.tree.leaves(args))

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -462,9 +462,10 @@ class _Loop:
             self._wait()
         if self.env_steps < settings.total_steps:
             (self.run.folder / "summary.json").unlink(missing_ok=True)  # of a shorter run
-        elif self.env_steps not in self.run.rows("evals").get(self.sessions[0].seed, {}):
-            self._log_metrics()
-            save(evaluate=True)  # an interrupt's checkpoint is now the end
+        elif self.env_steps not in self._written("evals"):  # an interrupt's checkpoint ends it now
+            if self.env_steps not in self._written("metrics"):
+                self._log_metrics()
+            save(evaluate=True)
         clock = time.perf_counter()
         while self.env_steps < settings.total_steps:
             milestones = (log_every, eval_every)
@@ -499,6 +500,10 @@ class _Loop:
         """For the evaluation and the checkpoint in the background; raises what they raised."""
         if self.background is not None:
             self.background.result()
+
+    def _written(self, stream: Literal["evals", "metrics"]) -> dict[int, Any]:
+        """The lines of the first seed, by environment step."""
+        return self.run.rows(stream).get(self.sessions[0].seed, {})
 
     def _log_metrics(self) -> None:
         assert self.log is not None
