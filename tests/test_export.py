@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import assert_close, fast_compilation
+from helpers import assert_close
 
 import qscore as qs
 from qscore import cli
@@ -19,6 +19,7 @@ from qscore.environments import LQ
 from qscore.folder import Run
 from qscore.numpy_code import evaluate, translate
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
 SMALL = {"hidden": (8, 8), "batch_size": 8, "warmup_steps": 60}
 
 
@@ -128,17 +129,16 @@ def trained(tmp_path_factory):
         algorithm, environment, _ = POLICIES[name]
         if not (folder / name).exists():
             steps = 12_800 if name == "cqsm features" else 120
-            with fast_compilation():
-                qs.train(
-                    algorithm,
-                    environment,
-                    steps=steps,
-                    seeds=2,
-                    out=folder / name,
-                    eval_episodes=2,
-                    eval_every=steps,
-                    progress=False,
-                )
+            qs.train(
+                algorithm,
+                environment,
+                steps=steps,
+                seeds=2,
+                out=folder / name,
+                eval_episodes=2,
+                eval_every=steps,
+                progress=False,
+            )
         return folder / name
 
     return make
