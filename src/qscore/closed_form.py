@@ -139,10 +139,10 @@ def compare(algorithm: Any, environment: LQ, agent: State) -> Comparison:
 
 
 def return_gap(algorithm: Any, environment: LQ, agent: State) -> float:
-    """(J* - J) / |J*| of an agent, from the environment's starts, with a first action like its
-    first state; NaN where J* is 0.
+    """(J* - J) / |J*| of an agent; NaN where J* is 0.
 
-    `algorithm` must have what `compare` asks for.
+    From the environment's starts, with a first action like the first state. `algorithm` must have
+    what `compare` asks for.
     """
     return _compiled_gap(algorithm, environment)(agent)
 

@@ -23,7 +23,7 @@ from qscore.algorithms import algorithm_name
 from qscore.environments import ENVIRONMENTS
 from qscore.environments.base import Episodic, Step
 from qscore.errors import RunStopped, UsageError
-from qscore.folder import Run, as_usage_error, environment_name
+from qscore.folder import Run, as_usage_error
 from qscore.numpy_code import Code, evaluate, translate
 from qscore.panel import shortened, task_fields
 from qscore.playback import load_agents
@@ -226,7 +226,7 @@ def export(
 def _title(run: Run) -> str:
     """The algorithm and the task, with what of the task is not its default."""
     said = "".join(f", {name}={shortened(value)}" for name, value in task_fields(run).items())
-    return f"{algorithm_name(run.algorithm)} on {environment_name(run.environment)}{said}"
+    return f"{algorithm_name(run.algorithm)} on {run.environment.id}{said}"
 
 
 def _flat(run: Run, task: Episodic, agent: Any) -> Any:
@@ -319,7 +319,7 @@ def _check(
 
 def _example(run: Run, task: Any) -> str:
     """How the policy is used in its environment; where Gymnasium has none like it, for one step."""
-    environment = environment_name(run.environment)
+    environment = run.environment.id
     if environment in ENVIRONMENTS or task_fields(run).keys() - {"max_episode_steps"}:
         return ACTION.format(
             obs_size=task.spec.obs_size, environment=_title(run).partition(" on ")[2]
@@ -346,7 +346,7 @@ def _card(
     task: Episodic,
 ) -> str:
     figures: Any = summarize(list(returns.values()))
-    environment = environment_name(run.environment)
+    environment = run.environment.id
     total, dataset = run.settings.total_steps, run.settings.dataset
     learned = "in simulation, in this environment with the settings above"
     if dataset is not None:

@@ -180,7 +180,7 @@ class Run:
     def command(self) -> str:
         """The command that repeats this run, with what is not a default, and without `--out`."""
         words = ["qscore", "train", algorithm_name(self.algorithm)]
-        words.append(environment_name(self.environment))
+        words.append(self.environment.id)
         # what `qscore train` would take for this pair, were nothing else said
         plain = Settings(steps=usual_steps(self.environment))
         for prefix, changed in (
@@ -201,7 +201,7 @@ class Run:
         config = {
             "algorithm": {"name": name, **dataclasses.asdict(self.algorithm)},  # pyright: ignore[reportArgumentType]
             "environment": {
-                "name": environment_name(self.environment),
+                "name": self.environment.id,
                 **dataclasses.asdict(self.environment),  # pyright: ignore[reportArgumentType]
             },
             "settings": dataclasses.asdict(self.settings),
@@ -260,13 +260,8 @@ def presets(algorithm: type) -> tuple[str, ...]:
     return get_args(get_type_hints(algorithm).get("preset"))
 
 
-def environment_name(environment: Environment) -> str:
-    """The name the command line knows an environment by."""
-    return environment.id
-
-
 def registered_name(environment: Environment) -> str:
-    """The same, of one that is what its name stands for: run folders know it by nothing else.
+    """An environment's name, if that stands for it: run folders know it by nothing else.
 
     Raises `ValueError`.
     """

@@ -17,7 +17,7 @@ import numpy as np
 
 from qscore.algorithms import algorithm_name
 from qscore.errors import UsageError
-from qscore.folder import Run, environment_name, non_defaults
+from qscore.folder import Run, non_defaults
 from qscore.statistics import bootstrap_interval, interquartile_mean
 
 TRAINING_FIELDS = ("num_envs",)
@@ -185,7 +185,7 @@ def arrange(runs: Sequence[Run]) -> Panel:
     if not runs:
         raise UsageError("no run folder was given.")
     labels = _labels([(algorithm_name(run.algorithm), _method_settings(run)) for run in runs])
-    places = _labels([(environment_name(run.environment), _task_settings(run)) for run in runs])
+    places = _labels([(run.environment.id, _task_settings(run)) for run in runs])
     tasks = []
     for place in dict.fromkeys(places):
         there = [i for i, each in enumerate(places) if each == place]
@@ -352,7 +352,7 @@ def _notes(tasks: list[Task]) -> list[str]:
             notes.append(f"{task.name}: not run with {said}.")
     environments: dict[str, int] = {}
     for task in tasks:
-        name = environment_name(task.methods[0].runs[0].environment)
+        name = task.methods[0].runs[0].environment.id
         environments[name] = environments.get(name, 0) + 1
     for name, count in environments.items():
         if count > 1:

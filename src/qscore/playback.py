@@ -19,7 +19,7 @@ from qscore.algorithms import algorithm_name
 from qscore.environments import EnvironmentFailure
 from qscore.environments.base import Episodic, Step
 from qscore.errors import RunStopped, UsageError
-from qscore.folder import Run, Settings, as_usage_error, environment_name
+from qscore.folder import Run, Settings, as_usage_error
 from qscore.statistics import summarize
 from qscore.train_host import Observer, Policy, evaluation_policy, exploration_policy, with_best_of
 from qscore.types import Carry, Key, Spec, Transition
@@ -160,7 +160,7 @@ def evaluate(
     if best_of != 1:
         result["best_of"] = best_of
         result["returns_best_of"] = [value for returns in best for value in returns]
-    if names := datasets.references(environment_name(run.environment)):
+    if names := datasets.references(run.environment.id):
         result["normalized"] = {
             name: datasets.normalized(result["mean"], reference)
             for name, reference in names.items()
@@ -168,7 +168,7 @@ def evaluate(
     if recorder is not None:
         low, high = task.action_bounds
         about = {
-            "environment": environment_name(run.environment),
+            "environment": run.environment.id,
             "action_low": low.tolist(),
             "action_high": high.tolist(),
             "made_by": {
@@ -330,7 +330,7 @@ def _film(run: Run, policy: Policy, agent: Any, seed: int, path: Path) -> None:
         train_host.evaluate(policy, agent, [task], episodes=1, seed=seed, observer=camera)
     except EnvironmentFailure as error:
         raise UsageError(
-            f"cannot film {environment_name(run.environment)}: {error} Rendering MuJoCo without a "
+            f"cannot film {run.environment.id}: {error} Rendering MuJoCo without a "
             "screen needs EGL or OSMesa (on Debian: apt-get install libegl1 libgl1)."
         ) from error
     finally:

@@ -23,7 +23,6 @@ from matplotlib.figure import Figure
 
 from qscore import datasets, plots
 from qscore.errors import RunStopped, UsageError
-from qscore.folder import environment_name
 from qscore.panel import EARLY, Method, Panel, Task, read_panel
 from qscore.playback import film
 from qscore.statistics import (
@@ -291,7 +290,7 @@ def _of_task(panel: Panel, task: Task) -> list[Block]:
 
 def _final_table(task: Task) -> Table:
     """The last evaluation that all methods have, and what came before it."""
-    references = datasets.references(environment_name(task.methods[0].runs[0].environment))
+    references = datasets.references(task.methods[0].runs[0].environment.id)
     header = ["method", f"return after {task.final_step:,} {task.counted}", "95% interval"]
     header += [f"normalised, {name}" for name in references]
     header += ["mean over training", f"over its first {EARLY:.0%}", "steps/s", "every seed"]

@@ -33,7 +33,6 @@ from qscore.folder import (
     absolute,
     alone,
     as_usage_error,
-    environment_name,
     installed_versions,
     new_folder,
     registered_name,
@@ -362,7 +361,7 @@ class _Loop:
             ]
         except EnvironmentFailure as error:
             raise RunStopped(f"the environment failed before training began: {error}") from error
-        label = f"{algorithm_name(run.algorithm)} on {environment_name(run.environment)}"
+        label = f"{algorithm_name(run.algorithm)} on {run.environment.id}"
         warmup = 0 if settings.offline_steps else run.algorithm.warmup_steps
         self.bar = ProgressBar(label, settings.total_steps, warmup=warmup, enabled=progress)
         rows = sum(session.capacity for session in self.sessions)
@@ -601,7 +600,7 @@ class _Loop:
         seeds, collected = len(self.sessions), self.env_steps - self.run.settings.offline_steps
         summary = {
             "algorithm": algorithm_name(self.run.algorithm),
-            "environment": environment_name(self.run.environment),
+            "environment": self.run.environment.id,
             "seeds": [session.seed for session in self.sessions],
             "env_steps": self.env_steps,
             "final_returns": [float(np.mean(returns)) for returns in last],

@@ -24,7 +24,6 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from qscore.errors import UsageError
-from qscore.folder import environment_name
 from qscore.sweep.process import Evaluation
 from qscore.sweep.spec import Trial
 
@@ -139,7 +138,7 @@ class Board:
         values: dict[tuple[str, str], list[float]] = {}  # by environment and configuration
         for name, entry in self.entries.items():
             if entry.value is not None and entry.stage not in ("failed", "stopped"):
-                key = environment_name(entry.trial.environment), name.rpartition("/")[0]
+                key = entry.trial.environment.id, name.rpartition("/")[0]
                 values.setdefault(key, []).append(entry.value)
         best: dict[str, dict[str, Any]] = {}
         for (task, configuration), each in values.items():

@@ -43,7 +43,6 @@ from qscore.folder import (
     Run,
     Settings,
     absolute,
-    environment_name,
     problem_text,
     usual_preset,
     usual_steps,
@@ -230,7 +229,7 @@ class Trial:
     @property
     def pair(self) -> tuple[str, str]:
         """Its algorithm and its environment, as they are called in the file."""
-        return algorithm_name(self.algorithm), environment_name(self.environment)
+        return algorithm_name(self.algorithm), self.environment.id
 
     def command(self, folder: Path) -> list[str]:
         """The words of the command that does the same by hand, in a folder of its own."""
