@@ -45,6 +45,11 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem != "test_sweep")
 
 
+def pytest_collection_finish():
+    """What is imported by now stays, so no garbage collection need go through it again."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="module")
 def quick_programs():
     """For modules that try out the machinery about an algorithm: compiled in half the time."""

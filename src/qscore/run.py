@@ -168,10 +168,11 @@ def resume(folder: str | os.PathLike, *, steps: int | None = None, progress: boo
         settings = as_usage_error(lambda: dataclasses.replace(run.settings, **changed))
         _check_multiples(settings, run.environment.num_envs)
         run = dataclasses.replace(run, settings=settings)
+    installed = installed_versions()
     differing = [
-        f"{name} {old} -> {installed_versions().get(name)}"
+        f"{name} {old} -> {installed.get(name)}"
         for name, old in run.versions.items()
-        if installed_versions().get(name) != old
+        if installed.get(name) != old
     ]
     data = _load_data(run.settings, run.algorithm, run.environment)
     with alone(run.folder), _resumable(run):

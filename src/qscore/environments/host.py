@@ -9,6 +9,7 @@ import contextlib
 import ctypes.util
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import io
 import logging
@@ -205,13 +206,8 @@ def _make(config: Host, render_mode: str | None) -> gym.Env:
 def _quiet() -> Iterator[None]:
     """Silence what importing and making tasks says: missing displays, deprecated model fields."""
     absl, level = logging.getLogger("absl"), logging.getLogger("absl").level
-    # imported late: it picks its renderer at import, and without a screen the usual one fails
-    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        for renderer, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
-            if ctypes.util.find_library(library):
-                os.environ.setdefault("MUJOCO_GL", renderer)
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    import mujoco
+    _draw_off_screen()
+    import mujoco  # late: it picks its renderer at import
 
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -222,6 +218,16 @@ def _quiet() -> Iterator[None]:
         finally:
             mujoco.set_mju_user_warning(None)  # pyright: ignore[reportAttributeAccessIssue]
             absl.setLevel(level)
+
+
+@functools.cache  # looking for a library starts programs, which would take as long as a task
+def _draw_off_screen() -> None:
+    """Without a screen, the renderer that MuJoCo and pygame would pick fails: name another."""
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        for renderer, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
+            if ctypes.util.find_library(library):
+                os.environ.setdefault("MUJOCO_GL", renderer)
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
 
 def _register_dm_control() -> None:
