@@ -14,6 +14,7 @@ writes the results.
 
 import argparse
 import fcntl
+import json
 import os
 import platform
 import shlex
@@ -224,6 +225,24 @@ def save(args: argparse.Namespace, results: dict[str, Any], figure: Figure | Non
         shown = ROOT / "docs" / "assets" / f"{args.name}.png"
         figure.savefig(shown if out.parent == RESULTS else out.with_suffix(".png"), dpi=150)
     return out
+
+
+def known(args: argparse.Namespace, **settings: Any) -> tuple[dict[str, Any], list[str]]:
+    """Results by algorithm in an experiment's JSON file, and the commits they were trained at.
+
+    For experiments whose runs keep no folder. `settings` are entries of the file. Raises
+    `UsageError` where one of them is another there.
+    """
+    _, out = places(args)
+    if not out.is_file():
+        return {}, []
+    found = json.loads(out.read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        if found[name] != value:
+            raise UsageError(
+                f"{out} holds results of other `{name}` than those asked for. Move it away."
+            )
+    return found["algorithms"], found.get("trained_at") or [found["commit"]]
 
 
 def trained_at(*folders: Path) -> list[str]:

@@ -13,13 +13,11 @@ visited, and the share of evaluation episodes that end on the high hill.
 Runs that are in the file already are not repeated.
 """
 
-import json
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from common import arguments, commit, places, save
+from common import arguments, commit, known, save
 from matplotlib.figure import Figure
 
 import qscore as qs
@@ -128,14 +126,6 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def read(out: Path) -> tuple[dict[str, Any], list[str]]:
-    """The runs that are known already, and the commits that they were trained at."""
-    if not out.is_file():
-        return {}, []
-    known = json.loads(out.read_text())
-    return known["algorithms"], known.get("trained_at") or [known["commit"]]
-
-
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, "exploration").parse_args(argv)
     if NAME not in gym.registry:
@@ -144,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     fields: dict[str, Any] = {"warmup_steps": 1_000}
     if args.quick:
         fields = {"warmup_steps": 500, "hidden": (32, 32), "batch_size": 64}
-    results, commits = read(places(args)[1])
+    results, commits = known(args, steps=steps)
     for name in QUICK if args.quick else ALGORITHMS:
         kind, own = ALGORITHMS[name]
         for seed in range(seeds):

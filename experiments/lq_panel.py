@@ -9,7 +9,7 @@ and `weighted` (the same over the increment's variance). Errors are relative L2 
 closed form over standard normal states and actions, as in `summary.json` of a run on `lq`; the
 return gap is what the learned score earns less than the optimal one, relative to that.
 
-Errors against the control step, and with steps of random length, are `benchmarks/dt_robustness.py`.
+Errors against the control step, and with steps of random length, are `dt_robustness.py`.
 """
 
 import statistics

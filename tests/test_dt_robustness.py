@@ -1,32 +1,33 @@
 """The benchmark of errors against the control step: its exact curves, and that it runs."""
 
-import importlib.util
+import dataclasses
+import importlib
 import json
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import pytest
 
 import qscore as qs
-
-PATH = Path(__file__).parents[1] / "benchmarks" / "dt_robustness.py"
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("dt_robustness", PATH)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+from qscore import replay
 
 
-def test_the_discrete_optimum_beats_its_neighbours_and_has_its_own_value(benchmark):
-    problem, dt = qs.lq.Problem.from_json(benchmark.PROBLEM), 0.05
-    P, gain = benchmark.discrete_optimum(problem, dt)
+@pytest.fixture
+def experiment(monkeypatch):
+    """The experiment, imported as its command does, with its folder on the path."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "experiments"))
+    yield importlib.import_module("dt_robustness")
+    for name in ("dt_robustness", "common"):
+        sys.modules.pop(name)
+
+
+def test_the_discrete_optimum_beats_its_neighbours_and_has_its_own_value(experiment):
+    problem, dt = qs.lq.Problem.from_json(experiment.PROBLEM), 0.05
+    P, gain = experiment.discrete_optimum(problem, dt)
 
     def earned(first, gain):
         """Discounted rewards without noise from x = 1 and this first action, for 60 seconds."""
@@ -48,29 +49,56 @@ def test_the_discrete_optimum_beats_its_neighbours_and_has_its_own_value(benchma
         assert earned(best, best) > earned(other, other)
 
 
-def test_only_the_discrete_gradient_vanishes_with_the_step(benchmark):
-    problem = qs.lq.Problem.from_json(benchmark.PROBLEM)
-    rms = {dt: benchmark.gradient_rms(benchmark.discrete_optimum(problem, dt)[0], 1) for dt in
+def test_only_the_discrete_gradient_vanishes_with_the_step(experiment):
+    problem = qs.lq.Problem.from_json(experiment.PROBLEM)
+    rms = {dt: experiment.gradient_rms(experiment.discrete_optimum(problem, dt)[0], 1) for dt in
            (0.01, 0.005, 0.0025)}  # fmt: skip
     assert rms[0.01] / rms[0.005] == pytest.approx(2.0, rel=0.03)
     assert rms[0.005] / rms[0.0025] == pytest.approx(2.0, rel=0.015)
     exact = qs.lq.solve(problem)
     z = np.random.default_rng(0).standard_normal((100_000, 2))
     expected = np.sqrt(np.mean(exact.gradient(z) ** 2))
-    assert benchmark.gradient_rms(exact.P, 1) == pytest.approx(expected, rel=0.02)
+    assert experiment.gradient_rms(exact.P, 1) == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.slow
-def test_the_quick_benchmark(benchmark, tmp_path, monkeypatch, capsys):
-    out, figure = tmp_path / "quick.json", tmp_path / "quick.png"
-    arguments = ["--quick", "--only", "cqsm", "q", "--out", str(out), "--figure", str(figure)]
-    monkeypatch.setattr(sys, "argv", ["dt_robustness.py", *arguments])
-    benchmark.main()
-    assert "| cqsm |" in capsys.readouterr().out
-    results = json.loads(out.read_text())
-    assert figure.stat().st_size > 10_000
-    errors = [seeds["0"]["error"] for seeds in results["errors"]["cqsm"].values()]
-    assert len(errors) == 2 and max(errors) < 0.25
-    assert results["summary"]["cqsm"]["ratio"] == pytest.approx(errors[1] / errors[0], abs=1e-3)
-    with pytest.raises(ValueError, match="other settings"):
-        benchmark.benchmark(["cqsm"], [0.05], [0], 1.0, out)
+def test_the_discrete_learner_finds_its_optimum(experiment):
+    environment, rows, updates = experiment.environment_of("0.05"), 256, 2_000
+    problem, dt, spec = environment.solved_problem, environment.dt, environment.spec
+    learner = experiment.LEARNERS["q"](dt, hidden=(32, 32))
+    empty = replay.empty_rows(spec, rows)
+
+    def rate(x, u):
+        return -0.5 * (problem.M[0, 0].item() * x**2 + problem.M[1, 1].item() * u**2)
+
+    @jax.jit
+    def train(key):
+        def step(state, key):
+            state_key, action_key, noise_key, update_key = jr.split(key, 4)
+            x, noise = jr.normal(state_key, (rows,)), jr.normal(noise_key, (rows,))
+            action = jr.uniform(action_key, (rows,), minval=-1.0, maxval=1.0)
+            u = environment.bound * action
+            following = x + dt * (0.3 * x + u) + 0.3 * np.sqrt(dt).item() * noise
+            batch = dataclasses.replace(
+                empty,
+                obs=x[:, None],
+                action=action[:, None],
+                reward=0.5 * dt * (rate(x, u) + rate(following, u)),
+                next_obs=following[:, None],
+                dt=jnp.full(rows, dt, jnp.float32),
+            )
+            return learner.update(state, batch, key=update_key)[0], None
+
+        init_key, loop_key = jr.split(key)
+        state = learner.init(spec, key=init_key)
+        return jax.lax.scan(step, state, jr.split(loop_key, updates))[0]
+
+    assert experiment.policy_error(learner, environment, train(jr.key(0))) < 0.1
+
+
+def test_results_of_other_settings_are_not_mixed(experiment, tmp_path):
+    out = tmp_path / "x.json"
+    out.write_text(json.dumps({"commit": "abc", "steps": 5, "algorithms": {"q": {}}}))
+    args = experiment.arguments(None, "x").parse_args(["--out", str(out)])
+    assert experiment.known(args, steps=5) == ({"q": {}}, ["abc"])
+    with pytest.raises(qs.UsageError, match=r"x\.json holds results of other `steps`"):
+        experiment.known(args, steps=6)

@@ -1,39 +1,31 @@
 """How errors depend on the control step: CQSM, and Q-learning in discrete time.
 
-    python benchmarks/dt_robustness.py                 # about twenty minutes on two cores
-    python benchmarks/dt_robustness.py --irregular     # steps of random length instead
-    python benchmarks/dt_robustness.py --quick            # in runs/
+    python experiments/dt_robustness.py             # about fifteen minutes of one core
+    python experiments/dt_robustness.py --quick
 
 One linear-quadratic problem (one unstable state, one action), learned at several control steps for
 the same physical time: a step ten times shorter gives ten times as many transitions and updates.
-Every learner has the same networks, batches, replay in seconds, step sizes (Adam, with sqrt(dt),
-decaying with experience) and averaging.
+CQSM also learns it with steps of random length. Every learner has the same networks, batches,
+replay in seconds, step sizes (Adam, with sqrt(dt), decaying with experience) and averaging.
 
 - `cqsm`: the `linear_quadratic` preset with network critics; `cqsm features`: with feature critics.
 - `q`: a deterministic policy mu(x) against Q(x, u) (as in DDPG), discount e^{-beta dt}, with a
-  target network that moves by a fixed share per update; `q, target per second` moves it by the
-  same share in 0.05 s at every control step. Its white exploration noise (of standard deviation
-  0.3 of the bound; 0.05 and 0.15 were worse) and that share (0.2; 0.01 and 0.05 were worse) were
-  chosen for the smallest errors on seeds 0 and 1 at 0.05 s and at shorter steps.
+  target network that moves by a fixed share per update. Its white exploration noise (of standard
+  deviation 0.3 of the bound; 0.05 and 0.15 were worse) and that share (0.2; 0.01 and 0.05 were
+  worse) were chosen for the smallest errors on seeds 0 and 1 at 0.05 s and at shorter steps.
 
 An error is the relative L2 error of the policy, over standard normal inputs, against the learner's
 own optimum: for CQSM the score of continuous time, for Q-learning the exact gain at that control
 step. Beside them stand two exact curves: the root mean square of the optimum's gradient in the
-action, grad_a Q in continuous time and grad_u Q_dt at each step. Each finished run is written to
-the file at once and not repeated, so an interrupted benchmark goes on where it stopped.
+action, grad_a Q in continuous time and grad_u Q_dt at each step.
+
+Runs that are in the file already are not repeated.
 """
 
-import argparse
 import dataclasses
 import json
-import os
-import platform
-import sys
-import time
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -41,13 +33,15 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
+from common import arguments, commit, known, save
 from jaxtyping import Array, Float
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from qscore import CQSM, lq
 from qscore.algorithms.cqsm import REFERENCE_DT
 from qscore.closed_form import compare
 from qscore.environments.lq import LQ
-from qscore.folder import write_json
 from qscore.networks import MLP
 from qscore.normalize import Moments, observe, standardize
 from qscore.optimize import gradient_step, move_target
@@ -56,14 +50,13 @@ from qscore.types import Key, Metrics, Spec, Transition
 
 PROBLEM = """{"A": [[0.3]], "B": [[1.0]], "noise": [{"e": [0.3]}], "sigma_a": 0.6,
  "M": [[1.0, 0.0], [0.0, 0.1]], "score_cost": 0.2, "discount_rate": 0.5}"""
-SECONDS = 100.0
 REPLAY_SECONDS = 16.0
 WARMUP_SECONDS = 0.1
 COPIES = 128
 STEPS = (0.05, 0.02, 0.01, 0.005)
 MEAN_STEP = 0.01
-"""Of irregular steps, drawn between 2/11 and 20/11 of it: a ten-fold range."""
-ROOT = Path(__file__).parents[1]
+IRREGULAR = f"irregular, {MEAN_STEP:g}"
+"""Steps drawn uniformly between 2/11 and 20/11 of the mean: a ten-fold range."""
 
 
 class DiscreteState(eqx.Module):
@@ -86,10 +79,8 @@ class DiscreteQ:
 
     like: CQSM
     """Where networks, step sizes, averaging, batches and replay are taken from."""
-    target_share: float | None = 0.2
+    target_share: float = 0.2
     """Weight of the new parameters in the target, per update."""
-    target_rate: float | None = None
-    """The same per second; one of the two is None."""
     noise: float = 0.3
     """Standard deviation of the white exploration noise, half action ranges."""
 
@@ -171,10 +162,7 @@ class DiscreteQ:
         critic, critic_opt, metrics = gradient_step(
             critic_loss, state.critic, optax.adam(like.critic_lr * pace), state.critic_opt
         )
-        share = self.target_share
-        if self.target_rate is not None:
-            share = -jnp.expm1(-self.target_rate * seconds)
-        target = move_target(critic, state.target, share)  # pyright: ignore[reportArgumentType]
+        target = move_target(critic, state.target, self.target_share)
 
         def actor_loss(actor: MLP):
             value = jax.vmap(lambda obs: q(critic, obs, self.mu(actor, moments, obs)))(batch.obs)
@@ -225,27 +213,39 @@ def gradient_rms(P: np.ndarray, n: int) -> float:
     return float(np.sqrt(np.sum(P[n:] ** 2) / (len(P) - n)))
 
 
-def cqsm(dt: float, **fields: Any) -> CQSM:
+def cqsm(dt: float, critic: Literal["network", "features"], **fields: Any) -> CQSM:
     """The `linear_quadratic` preset, with its replay and warm-up in seconds."""
     return CQSM(
         preset="linear_quadratic",
+        critic=critic,
         replay_capacity=round(REPLAY_SECONDS * COPIES / dt),
         warmup_steps=max(1, round(WARMUP_SECONDS * COPIES / dt)),
         **fields,
     )
 
 
-def discrete(dt: float, **fields: Any) -> DiscreteQ:
-    """Q-learning with what CQSM with networks has."""
-    return DiscreteQ(cqsm(dt, critic="network"), **fields)
-
-
 LEARNERS: dict[str, Any] = {
-    "cqsm": lambda dt: cqsm(dt, critic="network"),
-    "cqsm features": lambda dt: cqsm(dt, critic="features"),
-    "q": discrete,
-    "q, target per second": lambda dt: discrete(dt, target_share=None, target_rate=4.5),
+    "cqsm": lambda dt, **fields: cqsm(dt, "network", **fields),
+    "cqsm features": lambda dt, **fields: cqsm(dt, "features", **fields),
+    "q": lambda dt, **fields: DiscreteQ(cqsm(dt, "network", **fields)),
 }
+
+
+def measured_at(quick: bool) -> dict[str, list[str]]:
+    """What each learner is measured at. Q-learning's optimum is known at regular steps only."""
+    steps = [f"{dt:g}" for dt in STEPS]
+    if quick:
+        return {"cqsm": [steps[0], IRREGULAR], "q": steps[:2]}
+    return {name: steps if name == "q" else [*steps, IRREGULAR] for name in LEARNERS}
+
+
+def environment_of(column: str) -> LQ:
+    """The problem at a control step in seconds, or at irregular ones."""
+    times: dict[str, Any] = {"dt": MEAN_STEP if column == IRREGULAR else float(column)}
+    if column == IRREGULAR:
+        times = {"dt_min": MEAN_STEP * 2 / 11, "dt_max": MEAN_STEP * 20 / 11}
+    # one Euler step per control step, as in `discrete_optimum`
+    return LQ(id="lq", problem=PROBLEM, num_envs=COPIES, substeps=1, **times)
 
 
 def policy_error(algorithm: Any, environment: LQ, agent: Any) -> float:
@@ -260,177 +260,108 @@ def policy_error(algorithm: Any, environment: LQ, agent: Any) -> float:
     return float(np.sqrt(np.mean(error**2) / np.mean(exact**2)))
 
 
-@cache
-def learner(name: str, dt: float, irregular: bool) -> tuple[Any, LQ]:
-    """The same two objects for every seed, so that programs are compiled once."""
-    times: dict[str, Any] = (
-        {"dt_min": dt * 2 / 11, "dt_max": dt * 20 / 11} if irregular else {"dt": dt}
-    )
-    # one Euler step per control step, as in `discrete_optimum`
-    environment = LQ(id="lq", problem=PROBLEM, num_envs=COPIES, substeps=1, **times)
-    return LEARNERS[name](dt), environment
-
-
-def measure(name: str, dt: float, seed: int, seconds: float, *, irregular: bool) -> dict[str, Any]:
-    """One run: its policy's error, and its wall time with compiling."""
-    algorithm, environment = learner(name, dt, irregular)
-    steps = round(seconds / dt) * COPIES
-    started = time.perf_counter()
+def learn(algorithm: Any, environment: LQ, seed: int, seconds: float) -> float:
+    """The error of the policy that one run ends with, after `seconds` in each copy."""
+    steps = round(seconds / environment.dt) * COPIES
     session = Session(algorithm, environment, seed, steps=steps, eval_episodes=0)
     while session.env_steps < steps:
         session.advance(steps)
     error = policy_error(algorithm, environment, session.runner.agent)
     session.close()
-    wall = time.perf_counter() - started
-    return {"error": round(error, 5), "env_steps": steps, "wall_seconds": round(wall, 1)}
+    return round(error, 5)
 
 
-def summarize(runs: dict[str, dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    """Mean and largest error by column, and mean(last column) / mean(first)."""
-    means = {
-        column: round(float(np.mean([run["error"] for run in seeds.values()])), 5)
-        for column, seeds in runs.items()
-    }
-    worst = max(run["error"] for seeds in runs.values() for run in seeds.values())
-    first, *_, last = means.values()
-    return {"mean": means, "largest": worst, "ratio": round(last / first, 3)}
+def summarize(columns: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Mean error by column, and that of the shortest regular step over that of the longest."""
+    means = {name: round(float(np.mean(list(c.values()))), 5) for name, c in columns.items()}
+    regular = [mean for name, mean in means.items() if name != IRREGULAR]
+    return {"mean": means, "ratio": round(regular[-1] / regular[0], 3)}
 
 
-def table(results: dict[str, Any]) -> str:
-    """Every error, as Markdown: seeds in a cell, separated by spaces."""
-    columns = list(next(iter(results["errors"].values())))
-    lines = [f"| learner | {' | '.join(columns)} | ratio of means, last to first |"]
+def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Every error in percent, as Markdown: seeds in a cell, separated by spaces."""
+    columns = list(dict.fromkeys(column for runs in results.values() for column in runs))
+    lines = [f"| learner | {' | '.join(columns)} | ratio of means, last regular to first |"]
     lines.append("|---|" + "---|" * (len(columns) + 1))
-    for name, runs in results["errors"].items():
+    for name, runs in results.items():
         cells = [
-            " ".join(f"{100 * run['error']:.1f}" for run in seeds.values())
-            for seeds in runs.values()
+            " ".join(f"{100 * error:.1f}" for error in runs.get(column, {}).values())
+            for column in columns
         ]
-        ratio = results["summary"][name]["ratio"]
-        lines.append(f"| {name} | {' | '.join(cells)} | {ratio:.2f} |")
-    for name, values in results.get("gradient_rms", {}).items():
-        cells = [f"{value:.4f}" for value in values.values()]
-        lines.append(f"| rms of {name} | {' | '.join(cells)} | |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {summarize(runs)['ratio']:.2f} |")
     return "\n".join(lines)
 
 
-def plot(results: dict[str, Any], out: Path) -> None:
-    """Errors of every seed and their means, and the two exact curves, against the control step."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
+def exact_gradients() -> dict[str, dict[str, float]]:
+    """The root mean square of the optimum's gradient in the action, at each control step."""
+    problem = lq.Problem.from_json(PROBLEM)
+    size, exact = problem.state_size, lq.solve(problem).P
+    return {
+        "grad_a Q": {f"{dt:g}": gradient_rms(exact, size) for dt in STEPS},
+        "grad_u Q_dt": {
+            f"{dt:g}": gradient_rms(discrete_optimum(problem, dt)[0], size) for dt in STEPS
+        },
+    }
 
-    figure = Figure(figsize=(10, 4.0), layout="constrained", dpi=150)
+
+def picture(
+    results: dict[str, dict[str, dict[str, float]]], gradients: dict[str, dict[str, float]]
+) -> Figure:
+    """Errors of every seed and their means, and the two exact curves, against the control step."""
+    figure = Figure(figsize=(10, 4.0), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for index, (name, runs) in enumerate(results["errors"].items()):
-        steps = [float(column) for column in runs]
-        for seed in next(iter(runs.values())):
-            errors = [100 * seeds[seed]["error"] for seeds in runs.values()]
-            left.plot(steps, errors, ".", color=f"C{index}", alpha=0.4)
-        means = [100 * value for value in results["summary"][name]["mean"].values()]
-        left.plot(steps, means, color=f"C{index}", label=name)
-    left.set(ylabel="error of the policy, %", yscale="log", title="learned: dots are seeds")
-    for name, values in results["gradient_rms"].items():
+    for index, (name, columns) in enumerate(results.items()):
+        means = {}
+        for column, seeds in columns.items():
+            errors = [100 * error for error in seeds.values()]
+            step = MEAN_STEP if column == IRREGULAR else float(column)
+            style = "x" if column == IRREGULAR else "."
+            left.plot([step] * len(errors), errors, style, color=f"C{index}", alpha=0.4)
+            if column != IRREGULAR:
+                means[step] = np.mean(errors)
+        left.plot(list(means), list(means.values()), color=f"C{index}", label=name)
+    title = "learned: dots are seeds, crosses irregular steps"
+    left.set(ylabel="error of the policy, %", yscale="log", title=title)
+    for name, values in gradients.items():
         right.plot([float(column) for column in values], list(values.values()), ".-", label=name)
     right.set(yscale="log", ylabel="root mean square", title="exact: gradient in the action")
     for axes in (left, right):
-        steps = [float(column) for column in next(iter(results["gradient_rms"].values()))]
         axes.set(xlabel="control step, s", xscale="log")
-        axes.set_xticks(steps, [f"{step:g}" for step in steps])
+        axes.set_xticks(STEPS, [f"{step:g}" for step in STEPS])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
+    return figure
 
 
-def columns(names: list[str], dts: list[float], irregular: bool) -> dict[str, list[Any]]:
-    """(learner, control step, irregular) by learner and column of the table."""
-    if irregular:
-        pair = {"regular": (MEAN_STEP, False), "irregular": (MEAN_STEP, True)}
-    else:
-        pair = {f"{dt:g}": (dt, False) for dt in dts}
-    return {name: [(column, *what) for column, what in pair.items()] for name in names}
-
-
-def benchmark(
-    names: list[str],
-    dts: list[float],
-    seeds: list[int],
-    seconds: float,
-    out: Path,
-    *,
-    irregular: bool = False,
-) -> dict[str, Any]:
-    """Measure what the file at `out` does not hold yet; returns all that it then holds.
-
-    Raises `ValueError` where the file was made with other settings.
-    """
-    problem = lq.Problem.from_json(PROBLEM)
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(__doc__, "dt_robustness").parse_args(argv)
+    seconds, seeds = (10.0, 1) if args.quick else (100.0, 5)
+    fields: dict[str, Any] = {"hidden": (16, 16), "batch_size": 64} if args.quick else {}
     settings = {
         "problem": json.loads(PROBLEM),
-        "seconds_per_copy": seconds,
+        "seconds": seconds,
         "copies": COPIES,
-        "irregular": irregular,
-        "cqsm": json.loads(json.dumps(dataclasses.asdict(cqsm(MEAN_STEP, critic="network")))),
+        "cqsm": json.loads(json.dumps(dataclasses.asdict(cqsm(MEAN_STEP, "network", **fields)))),
     }
-    results: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}",
-        "settings": settings,
-        "errors": {},
-    }
-    if out.exists():
-        results = json.loads(out.read_text())
-        if results["settings"] != settings:
-            raise ValueError(f"{out} was made with other settings; choose another --out.")
-    for name, wanted in columns(names, dts, irregular).items():
-        for column, dt, random in wanted:
-            for seed in seeds:
-                runs = results["errors"].setdefault(name, {}).setdefault(column, {})
+    gradients = exact_gradients()
+    results, commits = known(args, settings=settings)
+    for name, wanted in measured_at(args.quick).items():
+        for column in wanted:
+            environment = environment_of(column)  # one for all seeds, as their programs are
+            algorithm = LEARNERS[name](environment.dt, **fields)
+            runs = results.setdefault(name, {}).setdefault(column, {})
+            for seed in range(seeds):
                 if str(seed) not in runs:
-                    runs[str(seed)] = measure(name, dt, seed, seconds, irregular=random)
-                    print(name, column, f"seed {seed}", runs[str(seed)], flush=True)
-                    write_json(out, results)
-    if not irregular:
-        n, exact = problem.state_size, lq.solve(problem).P
-        results["gradient_rms"] = {
-            "grad_a Q": {f"{dt:g}": gradient_rms(exact, n) for dt in dts},
-            "grad_u Q_dt": {
-                f"{dt:g}": gradient_rms(discrete_optimum(problem, dt)[0], n) for dt in dts
-            },
-        }
-    results["summary"] = {name: summarize(runs) for name, runs in results["errors"].items()}
-    write_json(out, results)
-    return results
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int)
-    parser.add_argument("--irregular", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="one seed, two steps, less experience")
-    parser.add_argument("--only", nargs="+", choices=list(LEARNERS))
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--figure", type=Path, help="where to draw; not for --irregular")
-    args = parser.parse_args()
-    names = ["cqsm", "cqsm features"] if args.irregular else list(LEARNERS)
-    name = "irregular-dt" if args.irregular else "dt-robustness"
-    usual = f"runs/{name}-quick.json" if args.quick else f"benchmarks/results/{name}.json"
-    out = args.out or ROOT / usual
-    out.parent.mkdir(parents=True, exist_ok=True)
-    results = benchmark(
-        args.only or (["cqsm", "q"] if args.quick else names),
-        [STEPS[0], STEPS[2]] if args.quick else list(STEPS),
-        list(range(args.seeds or (1 if args.quick else 3 if args.irregular else 5))),
-        40.0 if args.quick else SECONDS,
-        out,
-        irregular=args.irregular,
-    )
+                    commits = sorted({*commits, commit()})
+                    runs[str(seed)] = learn(algorithm, environment, seed, seconds)
+                    kept = {"trained_at": commits, "settings": settings, "algorithms": results}
+                    save(args, kept)  # what is finished is not lost
     print(table(results))
-    if args.figure:
-        plot(results, args.figure)
+    summary = {name: summarize(columns) for name, columns in results.items()}
+    kept = {"trained_at": commits, "settings": settings, "algorithms": results}
+    exact = {"gradient_rms": gradients, "summary": summary}
+    save(args, kept | exact, picture(results, gradients))
 
 
 if __name__ == "__main__":
