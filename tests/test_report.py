@@ -53,7 +53,7 @@ def test_seeds_of_one_method_belong_together_whichever_folders_they_lie_in(tmp_p
     curve = qsm.curve("env_steps")
     assert curve.x == [100, 200, 300, 400] and curve.middle == [102, 202, 302, 402]
     assert curve.low[0] < 102 < curve.high[0] and qsm.curve("seconds").x == [2, 4, 6, 8]
-    assert panel.notes == ["Pendulum-v1: unlike numbers of seeds (qsm: 5; sac: 3)."]
+    assert panel.notes == ["Pendulum-v1: different numbers of seeds (qsm: 5; sac: 3)."]
 
 
 def test_labels_say_what_distinguishes_methods_and_tasks(tmp_path):
@@ -77,7 +77,7 @@ def test_labels_say_what_distinguishes_methods_and_tasks(tmp_path):
         "qsm, precision=bf16",
     ]
     assert [task.methods[0].name for task in panel.tasks[1:]] == ["td3", "td3, num_envs=2"]
-    assert "Pendulum-v1 is there in unlike forms, which are tasks of their own." in panel.notes
+    assert "Pendulum-v1 is there in different forms, which are tasks of their own." in panel.notes
     assert len({plots.color(panel, name) for name in panel.names}) == 5
 
 
@@ -104,7 +104,7 @@ def test_long_settings_that_are_cut_to_the_same_characters_stay_apart(tmp_path):
     assert one != two and two == one + " (2)"
 
 
-def test_unlike_lengths_are_compared_where_all_have_been_and_said(tmp_path):
+def test_different_lengths_are_compared_where_all_have_been_and_said(tmp_path):
     folders = [
         write_run(tmp_path / "short", qs.SAC(), steps=300),
         write_run(tmp_path / "cut", qs.QSM(), done=200),
@@ -118,8 +118,8 @@ def test_unlike_lengths_are_compared_where_all_have_been_and_said(tmp_path):
     assert panel.notes[1].startswith("Pendulum-v1: compared after 200 steps, which all were")
     assert f"({folders[0]} 300; {folders[1]} 200)" in panel.notes[1]
     assert "tables take those that all have, 2 of them" in panel.notes[2]
-    assert any(re.search(r"unlike versions, jax \(0\.0\.1, ", note) for note in panel.notes)
-    assert any("unlike versions, cores (64, " in note for note in panel.notes)
+    assert any(re.search(r"different versions, jax \(0\.0\.1, ", note) for note in panel.notes)
+    assert any("different versions, cores (64, " in note for note in panel.notes)
 
 
 def broken(folder: Path, line: str) -> list[Path]:
@@ -170,7 +170,7 @@ REFUSED = {
     ),
     "episodes": (
         lambda t: [write_run(t / "a"), write_run(t / "b", qs.SAC(), eval_episodes=5)],
-        "unlike numbers of episodes \\(2 in .*a, 5 in .*b\\)",
+        "different numbers of episodes \\(2 in .*a, 5 in .*b\\)",
     ),
     "steps": (
         lambda t: [write_run(t / "a"), write_run(t / "b", qs.SAC(), every=70)],
@@ -449,7 +449,7 @@ def test_the_page_says_which_is_better_by_how_much_and_how_sure(page):
     assert "600 to 602" in cells and "0: 600, 1: 601, 2: 602" in cells
     for run in ("qsm", "sac", "td3"):
         assert f"<code>qscore train {run} Pendulum-v1 --steps 400" in text
-    assert "Pendulum-v1: unlike numbers of seeds (qsm: 3; sac: 4; td3: 1)." in text
+    assert "Pendulum-v1: different numbers of seeds (qsm: 3; sac: 4; td3: 1)." in text
     assert "InvertedPendulum-v5: not run with td3." in text
 
 
@@ -546,14 +546,14 @@ def test_bad_requests_for_a_report_are_refused(tmp_path, monkeypatch):
         report([folder], tmp_path / "report.html")
 
 
-def test_the_commands_draw_and_say_what_is_unlike(tmp_path, capsys):
+def test_the_commands_draw_and_say_what_differs(tmp_path, capsys):
     folders = [write_run(tmp_path / "a"), write_run(tmp_path / "b", qs.SAC(), seeds=1)]
     for command, name in (("plot", "returns.png"), ("report", "report.html")):
         options = ["--no-films"] if command == "report" else []
         cli.main([command, *map(str, folders), "--out", str(tmp_path / name), *options])
         out, err = capsys.readouterr()
         assert out == f"{tmp_path / name}\n"
-        assert err == "note: Pendulum-v1: unlike numbers of seeds (qsm: 3; sac: 1).\n"
+        assert err == "note: Pendulum-v1: different numbers of seeds (qsm: 3; sac: 1).\n"
         assert (tmp_path / name).stat().st_size > 0
 
 

@@ -21,6 +21,7 @@ from qscore import replay, train_host
 from qscore.algorithms import ALGORITHMS
 from qscore.environments import environment_class
 from qscore.errors import RunStopped, UsageError
+from qscore.folder import as_usage_error
 from qscore.products import Precision
 from qscore.train_host import Session
 
@@ -49,11 +50,8 @@ class Subject:
         **fields: Any,
     ):
         algorithm = ALGORITHMS[algorithm_name](warmup_steps=WARMUP, **fields)
-        try:
-            environment = environment_class(environment_name)(id=environment_name)
-            task = environment.open()
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+        environment = _environment(environment_name)
+        task = as_usage_error(environment.open)
         spec = task.spec
         task.close()
 
@@ -109,11 +107,8 @@ class Subject:
         self._session.close()
 
 
-def _chunk_steps(environment_name: str) -> int:
-    try:
-        return train_host.chunk_steps(environment_class(environment_name)(id=environment_name))
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+def _environment(name: str) -> Any:
+    return as_usage_error(lambda: environment_class(name)(id=name))
 
 
 def measure(
@@ -121,7 +116,7 @@ def measure(
 ) -> dict[str, Any]:
     """One row of `qscore bench --json`. Raises `UsageError` for an environment that cannot be."""
     size = train_host.CHUNK
-    chunk = max(size, _chunk_steps(environment_name))
+    chunk = max(size, train_host.chunk_steps(_environment(environment_name)))
     subject = Subject(algorithm_name, environment_name, steps=REPEATS * chunk, precision=precision)
     loop = _median_seconds(subject.loop, chunk)
     acting = _median_seconds(subject.act, 100)

@@ -27,7 +27,7 @@ from qscore import bench, lq, playback, run
 from qscore.algorithms import ALGORITHMS
 from qscore.environments import ENVIRONMENTS, EnvironmentFailure, environment_class
 from qscore.environments.host import known_ids
-from qscore.errors import Interrupted, RunStopped, TrainingDiverged, UsageError
+from qscore.errors import Interrupted, RunStopped, TrainingDiverged, UsageError, closest
 from qscore.export import export
 from qscore.folder import (
     Run,
@@ -263,9 +263,7 @@ CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands)
 
 def unknown(kind: str, name: str, known: list[str]) -> str:
     """The message for a name that is none of the known ones."""
-    closest = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-    hint = f"; the closest is {closest[0]!r}" if closest else ""
-    return f"unknown {kind} {name!r}{hint}. Known: {', '.join(sorted(known))}."
+    return f"unknown {kind} {name!r}{closest(name, known)}. Known: {', '.join(sorted(known))}."
 
 
 def _train(args: list[str]) -> None:

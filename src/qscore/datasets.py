@@ -12,7 +12,6 @@ A recording is one .npz file, readable without pickle:
     about: JSON text with "format", "environment", "action_low", "action_high", "made_by"
 """
 
-import difflib
 import hashlib
 import importlib.util
 import json
@@ -28,7 +27,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from qscore.environments.base import Episodic
-from qscore.errors import UsageError, how_to_install
+from qscore.errors import UsageError, closest, how_to_install
 from qscore.types import Spec, Transition
 
 FORMAT = 1
@@ -306,10 +305,8 @@ def _minari_folder(id: str) -> Path:
             path.parents[1].relative_to(root).as_posix()
             for path in root.glob("**/data/metadata.json")
         )
-        closest = difflib.get_close_matches(id, known, 1, cutoff=0.5)
-        hint = f"; the closest is {closest[0]!r}" if closest else ""
         raise UsageError(
-            f"there is no file and no Minari data set {id!r} on this machine{hint}. "
+            f"there is no file and no Minari data set {id!r} on this machine{closest(id, known)}. "
             f"Fetch one with: minari download {id}"
         )
     return root / id

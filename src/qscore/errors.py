@@ -1,5 +1,8 @@
 """The ways a command can end other than well; `cli` turns each into its exit code and one line."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UsageError(ValueError):
     """The request cannot be carried out as it stands: exit code 2."""
@@ -15,6 +18,12 @@ class TrainingDiverged(RunStopped):
 
 class Interrupted(RunStopped):
     """A signal asked the run to stop; if it had begun, it wrote a checkpoint: exit code 130."""
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """What a message adds to an unknown name: the known one that is most like it, if any is."""
+    found = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    return f"; the closest is {found[0]!r}" if found else ""
 
 
 def how_to_install(extra: str) -> str:

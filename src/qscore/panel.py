@@ -1,9 +1,9 @@
-"""Runs side by side: which of them are seeds of one method, which share a task, what is unlike.
+"""Runs side by side: which of them are seeds of one method, which share a task, how they differ.
 
 A *task* is an environment with its fields, and the data set learned from, if any. A *method* is an
 algorithm with its fields. Seeds of one method on one task belong together, whichever run folders
-they lie in; a seed that is there twice, and evaluations of unlike length, are refused; everything
-else in which compared runs differ is said in `Panel.notes`.
+they lie in; a seed that is there twice, and evaluations of different lengths, are refused;
+everything else in which compared runs differ is said in `Panel.notes`.
 """
 
 import functools
@@ -108,7 +108,7 @@ class Task:
     def mean_over(self, method: Method, share: float) -> list[float] | None:
         """Per seed, the mean return of the evaluations in the first `share` of training.
 
-        Of those that all methods have, or means would be of unlike steps; None where none is.
+        Of those that all methods have, or means would be of different steps; None where none is.
         """
         per_step = [method.returns(s) for s in self.steps if s <= share * self.final_step]
         return np.mean(per_step, axis=0).tolist() if per_step else None
@@ -135,7 +135,7 @@ class Panel:
 
     tasks: list[Task]
     notes: list[str]
-    """What a reader has to know before comparing: every way in which the runs are unlike."""
+    """What a reader has to know before comparing: every way in which the runs differ."""
 
     @property
     def names(self) -> list[str]:
@@ -289,8 +289,8 @@ def _task(place: str, methods: list[Method]) -> Task:
     if len(episodes) > 1:
         said = ", ".join(f"{count} in {folder}" for count, folder in episodes.items())
         raise UsageError(
-            f"evaluations on {place} are of unlike numbers of episodes ({said}); figures of "
-            "single policies would be unlike sure. Compare runs with the same `eval_episodes`."
+            f"evaluations on {place} are over different numbers of episodes ({said}); figures of "
+            "single policies would not be equally sure. Compare runs with the same `eval_episodes`."
         )
     common = set.intersection(*(set(method.steps) for method in methods))
     if not common:
@@ -307,7 +307,7 @@ def _task(place: str, methods: list[Method]) -> Task:
 
 
 def _notes(tasks: list[Task]) -> list[str]:
-    """Each unlikeness in a sentence."""
+    """Each difference in a sentence."""
     notes = []
     for task in tasks:
         runs = [run for method in task.methods for run in method.runs]
@@ -340,11 +340,11 @@ def _notes(tasks: list[Task]) -> list[str]:
         counts = {method.name: len(method.seeds) for method in task.methods}
         if len(set(counts.values())) > 1:
             said = "; ".join(f"{name}: {count}" for name, count in counts.items())
-            notes.append(f"{task.name}: unlike numbers of seeds ({said}).")
+            notes.append(f"{task.name}: different numbers of seeds ({said}).")
         for package in dict.fromkeys(name for run in runs for name in run.versions):
             found = dict.fromkeys(str(run.versions.get(package, "unknown")) for run in runs)
             if len(found) > 1:
-                notes.append(f"{task.name}: unlike versions, {package} ({', '.join(found)}).")
+                notes.append(f"{task.name}: different versions, {package} ({', '.join(found)}).")
     everyone = dict.fromkeys(method.name for task in tasks for method in task.methods)
     for task in tasks:
         if missing := everyone.keys() - {method.name for method in task.methods}:
@@ -356,5 +356,5 @@ def _notes(tasks: list[Task]) -> list[str]:
         environments[name] = environments.get(name, 0) + 1
     for name, count in environments.items():
         if count > 1:
-            notes.append(f"{name} is there in unlike forms, which are tasks of their own.")
+            notes.append(f"{name} is there in different forms, which are tasks of their own.")
     return list(dict.fromkeys(notes))

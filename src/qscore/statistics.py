@@ -72,8 +72,8 @@ def require_rliable() -> None:
 def aggregate(scores: Scores) -> Interval:
     """The interquartile mean over all tasks and seeds, and its 95% bootstrap interval.
 
-    The bootstrap is stratified: it draws seeds anew within each task. Tasks may have unlike numbers
-    of seeds, and count alike all the same.
+    The bootstrap is stratified: it draws seeds anew within each task. Tasks may have different
+    numbers of seeds, and count alike all the same.
     """
     require_rliable()
     from rliable.metrics import aggregate_iqm
