@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax._src import compiler  # no public setting reaches everything that is compiled
 
 import qscore as qs
 from qscore.folder import Run, Settings, installed_versions
@@ -57,22 +58,37 @@ def assert_close(actual: Any, expected: Any, *, loosen: float = 1.0, why: str = 
             np.testing.assert_array_equal(left, right, err_msg=name)
 
 
-def quick_jit(function: Any, **kwargs: Any) -> Any:
-    """`jax.jit` without the back end's optimisations, for programs that run once or twice.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
+"""Compiler options for programs that run once or twice.
 
-    Compiling is most of what a test of a small network costs, and this halves it.
-    """
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **kwargs)
+Compiling is most of what a test of a small network costs, and these take most of that away.
+"""
+
+
+def quick_jit(function: Any, **kwargs: Any) -> Any:
+    """`jax.jit`, compiling quickly."""
+    return jax.jit(function, compiler_options=QUICK, **kwargs)
 
 
 @contextlib.contextmanager
 def fast_compilation() -> Iterator[None]:
     """The same for everything that is compiled within."""
-    jax.config.update("jax_disable_most_optimizations", True)
+    usual = compiler.get_compile_options
+
+    def quick(*args: Any, **kwargs: Any) -> Any:
+        options = usual(*args, **kwargs)
+        options.env_option_overrides = [*options.env_option_overrides, *QUICK.items()]
+        return options
+
+    compiler.get_compile_options = quick
     try:
         yield
     finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+        compiler.get_compile_options = usual
 
 
 # The networks, in NumPy and float64 ---------------------------------------------------------------
