@@ -68,6 +68,12 @@ QUICK = {
 Compiling is most of what a test of a small network costs, and these take most of that away.
 """
 
+QUICK_PROCESS = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
+}
+"""The same for a process, by its environment."""
+
 
 def quick_jit(function: Any, **kwargs: Any) -> Any:
     """`jax.jit`, compiling quickly."""

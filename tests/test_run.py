@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from helpers import QUICK_PROCESS
 
 import qscore as qs
 from qscore import checkpoint, memory, train_host
@@ -240,9 +241,8 @@ def test_a_process_killed_by_the_system_resumes_bit_for_bit(tmp_path):
 
     def command(*arguments):  # every run in a process of its own, as this one checks its types
         command = [sys.executable, "-m", "qscore", *map(str, arguments)]
-        quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-        quick |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs")}
-        return subprocess.Popen(command, env=os.environ | quick)
+        programs = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs")}
+        return subprocess.Popen(command, env=os.environ | QUICK_PROCESS | programs)
 
     start = ("train", "td3", "Pendulum-v1", *settings, "--out")
     uninterrupted = command(*start, whole)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import QUICK_PROCESS
 
 import qscore as qs
 from qscore.environments import LQ
@@ -313,7 +314,7 @@ def tasks(tmp_path_factory):
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # the test connects before the sweep can say so
         "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),  # which are the same in all trials
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # which cost more than the few steps here gain
+        **QUICK_PROCESS,
     }
 
 
