@@ -1,6 +1,6 @@
 """How errors depend on the control step: CQSM, and Q-learning in discrete time.
 
-    python experiments/dt_robustness.py             # about fifteen minutes of one core
+    python experiments/dt_robustness.py             # about ten minutes of one core
     python experiments/dt_robustness.py --quick
 
 One linear-quadratic problem (one unstable state, one action), learned at several control steps for
