@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -659,6 +660,39 @@ def test_a_full_disk_loses_nothing_already_written(tmp_path, monkeypatch):
     assert not list((folder / "checkpoints").glob(".tmp*"))
     qs.resume(folder, progress=False)
     assert_same_run(whole, folder)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_disk_that_is_full_for_tensorboard_stops_the_run_too(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched, open("/dev/full", "wb") as full:
+        patched.setattr("tensorboardX.record_writer.open_file", lambda _: full)
+        with pytest.raises(qs.RunStopped, match="No space left on device"):
+            small_run(tmp_path / "run")
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == []
+
+
+def test_tensorboard_is_told_what_the_lines_say(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+
+    run = small_run(tmp_path / "run")
+    qs.resume(run.folder, steps=400, progress=False)
+    events = []
+    for path in sorted((run.folder / "tensorboard").iterdir()):  # as TensorBoard reads them
+        content = path.read_bytes()
+        while content:
+            (size,) = struct.unpack("Q", content[:8])
+            events.append(Event.FromString(content[12 : 12 + size]))
+            content = content[16 + size :]
+    assert events[0].file_version == "brain.Event:2"
+    found = {(v.tag, e.step): v.simple_value for e in events for v in e.summary.value}
+    for row in lines(run.folder, "metrics"):
+        for name in row.keys() - {"seed", "env_steps"}:
+            assert found[f"seed-0/{name}", row["env_steps"]] == pytest.approx(row[name])
+    for row in lines(run.folder, "evals"):
+        mean = np.mean(row["returns"])
+        assert found["seed-0/eval_return", row["env_steps"]] == pytest.approx(mean)
+    begun_anew = [e.step for e in events if e.HasField("session_log")]
+    assert begun_anew == [301]
 
 
 FAILURES = {

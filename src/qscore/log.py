@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import platform
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +17,8 @@ from rich.table import Column
 
 STREAMS = ("metrics", "evals")
 BAR_WIDTH = 24
+FLUSH_SECONDS = 30.0
+"""Training that is watched in TensorBoard is seen this much later, at most."""
 
 
 class RunLog:
@@ -25,8 +29,6 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, offsets: dict[str, int] | None = None, env_steps: int = 0):
-        from tensorboardX import SummaryWriter
-
         self._files = {}
         for stream in STREAMS:
             path = folder / f"{stream}.jsonl"
@@ -34,21 +36,19 @@ class RunLog:
             os.truncate(path, min((offsets or {}).get(stream, 0), path.stat().st_size))
             self._files[stream] = open(path, "a")  # noqa: SIM115 (closed by `close`)
         # events after the checkpoint belong to the run that died
-        purge = env_steps + 1 if offsets else None
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        self._events = _Events(folder / "tensorboard", env_steps + 1 if offsets else None)
 
     def metrics(self, row: dict[str, Any]) -> None:
         """One line of training metrics of one seed."""
         self._append("metrics", row)
-        for name, value in row.items():
-            if name not in ("seed", "env_steps"):
-                self._board.add_scalar(f"seed-{row['seed']}/{name}", value, row["env_steps"])
+        shown = {name: value for name, value in row.items() if name not in ("seed", "env_steps")}
+        self._events.write(row["seed"], row["env_steps"], shown)
 
     def evaluation(self, row: dict[str, Any]) -> None:
         """One line per seed and evaluation."""
         self._append("evals", row)
         mean = sum(row["returns"]) / len(row["returns"])
-        self._board.add_scalar(f"seed-{row['seed']}/eval_return", mean, row["env_steps"])
+        self._events.write(row["seed"], row["env_steps"], {"eval_return": mean})
 
     def offset(self, stream: str) -> int:
         """A file's length in bytes, once its lines are on the disk.
@@ -58,20 +58,70 @@ class RunLog:
         file = self._files[stream]
         file.flush()
         os.fsync(file.fileno())
-        self._board.flush()
+        self._events.flush()
         return file.tell()
 
     def close(self) -> None:
         """Flush and close; what cannot be written any more is let go."""
-        for file in self._files.values():
+        for file in (*self._files.values(), self._events):
             with contextlib.suppress(OSError):
                 file.close()
-        with contextlib.suppress(OSError):
-            self._board.close()
 
     def _append(self, stream: str, row: dict[str, Any]) -> None:
         self._files[stream].write(json.dumps(row) + "\n")
         self._files[stream].flush()
+
+
+class _Events:
+    """Scalars for TensorBoard.
+
+    Written by whoever calls. `SummaryWriter` has a thread for it, which ends where the disk refuses
+    a write, and then its callers wait for ever.
+    """
+
+    def __init__(self, folder: Path, first_step: int | None):
+        """From `first_step` on, TensorBoard forgets what the folder's earlier files hold."""
+        from tensorboardX.proto.event_pb2 import (
+            Event,  # pyright: ignore[reportAttributeAccessIssue]
+            SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
+        )
+        from tensorboardX.record_writer import RecordWriter
+        from tensorboardX.summary import scalar
+
+        self._event, self._scalar = Event, scalar
+        folder.mkdir(exist_ok=True)
+        self._lock = threading.Lock()  # training and evaluation each have a thread
+        name = f"events.out.tfevents.{time.time():.6f}.{platform.node()}"
+        self._records = RecordWriter(str(folder / name))
+        self._flushed = time.monotonic()
+        version = "brain.Event:2"
+        self._add(Event(file_version=version))
+        if first_step is not None:
+            self._add(Event(step=first_step, file_version=version))
+            start = SessionLog(status=SessionLog.START)
+            self._add(Event(step=first_step, session_log=start))
+
+    def write(self, seed: int, step: int, values: dict[str, Any]) -> None:
+        """Some values of one seed at an environment step."""
+        with self._lock:
+            for name, value in values.items():
+                summary = self._scalar(f"seed-{seed}/{name}", value)
+                self._add(self._event(step=step, summary=summary))
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """To the disk, from where TensorBoard reads."""
+        with self._lock:
+            self._records.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._records.close()
+
+    def _add(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
 
 
 class ProgressBar:
