@@ -27,7 +27,7 @@ from helpers import QUICK_PROCESS
 import qscore as qs
 from qscore import checkpoint, memory, train_host
 from qscore.environments import LQ, DoubleWell
-from qscore.folder import Run, alone, new_folder
+from qscore.folder import Run, absolute, alone, new_folder
 from qscore.log import ProgressBar
 from qscore.run import _Loop, check, interruptible
 
@@ -402,6 +402,34 @@ def test_the_devices_memory_counts_besides_the_machines(monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: 2**30)
     with pytest.raises(qs.UsageError, match=r"and as much again .*; 1\.0 GiB are free\. Lower"):
         check(algorithm, task, qs.Settings(steps=1_000_000))
+
+
+def test_only_ctrl_c_acts_at_once_after_another_signal():
+    """A service that is stopped sends SIGTERM to a sweep and to its trials, which send it on."""
+    with interruptible() as asked:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+            assert asked()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_file_that_finds_no_room_leaves_nothing(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(qs.UsageError, match="cannot write to `out`, .*: .*No space left"):
+            small_run(tmp_path / "run")
+    small_run(tmp_path / "run")  # the same folder, once there is room
+
+
+def test_a_folder_may_lie_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data.npz").touch()
+    assert small_run("~/run").folder == tmp_path / "run"
+    assert absolute("~/data.npz") == str(tmp_path / "data.npz")
 
 
 def test_a_handler_from_elsewhere_is_no_error(monkeypatch):

@@ -18,7 +18,7 @@ from helpers import QUICK_PROCESS
 
 import qscore as qs
 from qscore.environments import LQ
-from qscore.sweep import _alone, _begun, _report, process, sweep
+from qscore.sweep import _alone, _begun, _check_trials, _report, process, sweep
 from qscore.sweep.board import Board, Stage, read_trials
 from qscore.sweep.process import Evaluation
 from qscore.sweep.spec import Dimension, Failures, Resources, parse
@@ -212,6 +212,10 @@ BAD = {
     "too long a name": (changed("[8]", str([1000] * 60)), "line 18: a folder would have a name of"),
     "one field twice": (
         GRID + '"algorithm.hidden" = [[8], [9]]', "line 21: .* sets what 'algorithm.qsm.h"
+    ),
+    "one field drawn twice": (
+        SEARCH + '"algorithm.qsm.hidden" = { choices = [[8], [9]] }',
+        "line 11: 'algorithm.qsm.hidden' sets what 'algorithm.hidden' sets, too",
     ),
     "seeds in the grid": (GRID + '"settings.seeds" = [1, 2]', "line 21: seeds are set by"),
     "stopped too late": (
@@ -689,6 +693,32 @@ def test_a_trial_finds_the_modules_that_its_sweep_does(tmp_path, monkeypatch):
     attempt.process.wait()
     attempt.stop()
     assert (tmp_path / "imported").is_file() and attempt.state() == "failed", attempt.message()
+
+
+def test_a_trial_that_hangs_is_killed_and_what_each_attempt_says_is_kept(tmp_path, monkeypatch):
+    script = tmp_path / "deaf.py"
+    script.write_text("import time\nprint('qscore: I hang', flush=True)\ntime.sleep(600)")
+    monkeypatch.setattr(process, "SCRIPT", script)
+    monkeypatch.setattr(process, "STOP_SECONDS", 0.2)
+    for attempts in (1, 2):
+        attempt = process.Attempt([], tmp_path / "run", 1)
+        until(lambda n=attempts: attempt.log.read_text().count("I hang") == n)
+        assert attempt.state() == "running"
+        attempt.stop()
+        assert attempt.state() == "stopped" and attempt.process.returncode == -signal.SIGKILL
+
+
+def test_only_trials_that_are_alike_are_checked_side_by_side(tmp_path, monkeypatch):
+    few = types.SimpleNamespace(available=2**26)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: few)
+    text = (
+        f'out = "{tmp_path}/out"\nalgorithms = ["td3"]\nenvironments = ["lq"]\nSEEDS\n'
+        "[resources]\nworkers = 2\n[settings]\nsteps = 640_000\n[grid]\n"
+        '"algorithm.replay_capacity" = [100, 640_000]'
+    )
+    _check_trials(parse(text.replace("SEEDS", "seeds = 1"), "s.toml"))
+    with pytest.raises(qs.UsageError, match="2 trials side by side"):
+        _check_trials(parse(text.replace("SEEDS", "seeds = 2"), "s.toml"))
 
 
 @pytest.mark.slow

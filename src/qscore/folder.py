@@ -112,7 +112,9 @@ class Run:
             config = json.loads((path / "config.json").read_text())
         except FileNotFoundError:
             raise UsageError(f"{path} is not a run folder: it has no config.json.") from None
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise UsageError(f"cannot read {path / 'config.json'}: {error.strerror}.") from error
+        except ValueError as error:
             raise UsageError(f"{path / 'config.json'} is not valid JSON: {error}.") from error
         try:
             algorithm, environment = dict(config["algorithm"]), dict(config["environment"])
@@ -236,7 +238,7 @@ def non_defaults(config: Any) -> dict[str, Any]:
 
 def absolute(dataset: str | os.PathLike) -> str:
     """The full path of a file or folder, so that any place can resume the run; an id as it is."""
-    path = Path(dataset)
+    path = Path(os.path.expanduser(dataset))
     return str(path.resolve() if path.exists() else dataset)
 
 
@@ -284,11 +286,15 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a small file as a whole: never half of it, whenever the machine dies."""
     scratch = path.with_suffix(".tmp")
-    with open(scratch, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    try:
+        with open(scratch, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError:  # a folder with nothing in it can be used once there is room again
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 def new_folder(path: Path) -> Path:
@@ -357,7 +363,7 @@ def problem_text(given: str) -> str:
         lq.Problem.from_json(text)
         return json.dumps(json.loads(text))
 
-    return parsed(Path(given), checked)
+    return parsed(Path(os.path.expanduser(given)), checked)
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def train(
         )
     stamp = time.strftime("%Y%m%d-%H%M%S")
     usual = f"{algorithm_label}-{name.replace('/', '-')}-{stamp}"
-    folder = Path("runs") / usual if out is None else Path(out)
+    folder = Path("runs") / usual if out is None else Path(os.path.expanduser(out))
     with contextlib.ExitStack() as held:
         try:
             if out is None:
@@ -647,7 +647,11 @@ class _Loop:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a flag; the second one acts as usual."""
+    """Turn a SIGINT or SIGTERM into a flag; a SIGINT after one acts as usual.
+
+    A SIGTERM after one changes nothing: whoever ends a machine's processes sends it to a sweep and
+    to its trials, and a trial that had it then has it from its sweep, too.
+    """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set  # only the main thread may handle signals
@@ -656,8 +660,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
     def handler(number: int, frame: Any) -> None:
         asked.set()
-        for each, old in usual.items():
-            _restore_handler(each, old)
+        _restore_handler(signal.SIGINT, usual[signal.SIGINT])
 
     for number in usual:
         signal.signal(number, handler)

@@ -129,7 +129,11 @@ def _board(asked: Sweep, *, retry: bool, screen: bool) -> Board:
         board = Board(asked.out, [], asked.search.samples, screen=screen)
         for trial in _begun(asked):
             board.add(trial)
-    board.recall(retry=retry)
+    try:
+        board.recall(retry=retry)
+    except BaseException:
+        board.close()
+        raise
     return board
 
 
@@ -165,20 +169,22 @@ def _check_trials(asked: Sweep) -> None:
 
     Trials that differ only in seeds, or in fields that decide nothing here, are checked once.
     """
-    seen = set()
-    # where Ray puts its trials is not known
-    beside = min(local.workers(asked), len(asked.trials)) if asked.engine == "local" else 1
+    alike: dict[Any, list[Trial]] = {}
     for trial in asked.trials:
         settings = dataclasses.replace(trial.settings, seed_start=0)
         # what a closed form is asked for of, and what takes memory
-        sizes = (getattr(trial.algorithm, n, None) for n in ("replay_capacity", "hidden", "critic"))
+        names = ("replay_capacity", "hidden", "critic", "discount_rate")
+        sizes = (getattr(trial.algorithm, name, None) for name in names)
         key = (trial.environment, settings, type(trial.algorithm), *sizes)
-        if key not in seen:
-            seen.add(key)
-            try:
-                run.check(trial.algorithm, trial.environment, settings, beside=beside)
-            except UsageError as error:
-                asked.refuse(trial, error)
+        alike.setdefault(key, []).append(trial)
+    # where Ray puts its trials is not known
+    workers = local.workers(asked) if asked.engine == "local" else 1
+    for (environment, settings, *_), (trial, *others) in alike.items():
+        try:
+            beside = min(workers, 1 + len(others))
+            run.check(trial.algorithm, environment, settings, beside=beside)
+        except UsageError as error:
+            asked.refuse(trial, error)
 
 
 def _check_same(trial: Trial, folder: Path) -> None:

@@ -147,7 +147,8 @@ class Board:
                 best[task] = {"configuration": configuration, "return": mean, "trials": len(each)}
         return {
             "expected": self.expected,
-            "waiting": self.expected - len(self.entries) + stages["waiting"],
+            # `samples` may have been lowered to below what was chosen before
+            "waiting": max(0, self.expected - len(self.entries)) + stages["waiting"],
             **{stage: stages[stage] for stage in ("running", *ENDED, "interrupted")},
             "eta_seconds": round(elapsed * left / done) if done > 0 else None,
             "best": best,
@@ -187,11 +188,13 @@ class Board:
 
     def close(self) -> None:
         """Write the last line and let go of the files and the terminal."""
-        self.show(last=True)
-        if self._live is not None:
-            self._live.stop()
-        self._trials.close()
-        self._progress.close()
+        try:
+            self.show(last=True)
+        finally:
+            if self._live is not None:
+                self._live.stop()
+            self._trials.close()
+            self._progress.close()
 
 
 def _open_whole(path: Path) -> IO[str]:

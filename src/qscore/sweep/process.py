@@ -25,6 +25,9 @@ told to."""
 SCRIPT = Path(__file__).with_name("trial.py")
 """What a trial's process runs."""
 
+STOP_SECONDS = 600.0
+"""A process that was asked to end has so long for its checkpoint; then it is killed."""
+
 POLL_SECONDS = 0.5
 """Between looks at a process and at what it has written."""
 
@@ -41,7 +44,8 @@ class Evaluation:
 class Attempt:
     """A running process in `folder`; it does `command`, or goes on where that stopped.
 
-    The process ends with this one, or when `stop` is called. What it prints goes to FOLDER.log.
+    The process ends with this one, or when `stop` is called. What it prints goes to FOLDER.log,
+    after what earlier attempts did.
     """
 
     def __init__(
@@ -51,7 +55,8 @@ class Attempt:
         self._size = -1
         self._asked = False
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.log, "wb") as log:
+        with open(self.log, "ab") as log:
+            self._said = log.tell()
             self.process = subprocess.Popen(
                 [sys.executable, "-P", str(SCRIPT), str(folder), str(cores), *command],
                 stdin=subprocess.PIPE,
@@ -94,16 +99,21 @@ class Attempt:
             return f"killed by signal {-code}" + (
                 ", as by a system that is out of memory" if code == -9 else ""
             )
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        text = self.log.read_bytes()[self._said :].decode(errors="replace")
+        lines = [line for line in text.splitlines() if line.strip()]
         said = [line for line in lines if line.startswith("qscore: ")] or lines
         return said[-1].removeprefix("qscore: ") if said else f"exit code {code}"
 
     def stop(self) -> None:
-        """Ask the process to write a checkpoint and end, and wait until it has."""
+        """Ask the process to write a checkpoint and end, and wait until it has, or kill it."""
         self._asked = self.process.poll() is None
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait()
+        try:
+            self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:  # a task that hangs
+            self.process.kill()
+            self.process.wait()
 
 
 def _paths() -> list[str]:
@@ -148,11 +158,14 @@ def carry_out(
     for _ in range(1 + retries):
         if stopping():
             return "stopped", ""
-        attempt = Attempt(command, folder, cores)
+        try:
+            attempt = Attempt(command, folder, cores)
+        except OSError as error:
+            return "failed", str(error)
         try:
             while (news := wait(attempt, stopping)) is not None:
                 report(news)
-        except UsageError as error:  # its files are not what a run writes
+        except (UsageError, OSError) as error:  # its files are not what a run writes
             return "failed", str(error)
         finally:
             attempt.stop()

@@ -24,10 +24,11 @@ anything starts, and what is wrong is said with its line.
 import dataclasses
 import itertools
 import math
+import os
 import re
 import shlex
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_type_hints
@@ -434,7 +435,7 @@ def parse(text: str, source: str) -> Sweep:
     for pair in pairs:
         if search is None:
             own = {path: values for path, values in axes.items() if _applies(path, pair)}
-            _refuse_both(reader, own)
+            _refuse_both(reader, ("grid",), own)
             if len(trials) + len(blocks) * math.prod(map(len, own.values())) > MOST_TRIALS:
                 reader.refuse(("grid",), f"a sweep has at most {MOST_TRIALS} trials.")
             for values in itertools.product(*own.values()):
@@ -465,7 +466,7 @@ def parse(text: str, source: str) -> Sweep:
     default = f"runs/{Path(source).stem}"
     return Sweep(
         reader,
-        Path(reader.get(("out",), str, default)),
+        Path(os.path.expanduser(reader.get(("out",), str, default))),
         engine,
         trials,
         reader.section(Resources, "resources"),
@@ -552,13 +553,13 @@ def _axis(reader: Reader, name: str) -> list[Any]:
     return values
 
 
-def _refuse_both(reader: Reader, axes: Fields) -> None:
-    """Refuse a field that two axes of one algorithm on one environment set."""
+def _refuse_both(reader: Reader, place: Names, paths: Iterable[Names]) -> None:
+    """Refuse a field that two entries of a table set for one algorithm on one environment."""
     seen: dict[tuple[str, str], Names] = {}
-    for path in axes:
+    for path in paths:
         if (other := seen.setdefault((path[0], path[-1]), path)) != path:
             name = ".".join(path)
-            reader.refuse(("grid", name), f"{name!r} sets what {'.'.join(other)!r} sets, too.")
+            reader.refuse((*place, name), f"{name!r} sets what {'.'.join(other)!r} sets, too.")
 
 
 def _search(reader: Reader, algorithms: list[str], environments: list[str]) -> tuple[Search, Space]:
@@ -600,6 +601,7 @@ def _draws(
     own = {path: dimension for path, dimension in space.items() if _applies(path, pair)}
     if not own:
         return [{}]
+    _refuse_both(reader, ("search", "space"), own)
     found: dict[str, Fields] = {}
     for _ in range(count):
         for _ in range(REPEATS):
