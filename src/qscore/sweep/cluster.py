@@ -32,7 +32,7 @@ from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from qscore.errors import RunStopped, UsageError
-from qscore.folder import cores_here, installed_versions
+from qscore.folder import Run, cores_here, installed_versions
 from qscore.sweep.board import ENDED, Board
 from qscore.sweep.process import Attempt, Evaluation, wait, wait_for_end
 from qscore.sweep.spec import REPEATS, Dimension, Sweep, Trial
@@ -44,7 +44,7 @@ CONNECT_SECONDS = 10.0
 """How long the head of a cluster may take to accept a connection."""
 
 STEP_SECONDS = 5.0
-"""A step of Tune's takes no longer, for a trial cannot be stopped within one."""
+"""A step of Tune's takes so long, and the last one twice: a trial cannot be stopped within one."""
 
 NEVER = 10**12
 """Steps that no trial takes: early stopping is not what ends one that comes to its last step."""
@@ -73,6 +73,9 @@ class TrialOfTune(tune.Trainable):
         assert self.attempt is not None
         if (news := wait(self.attempt, seconds=STEP_SECONDS)) is not None:
             self.found = {"env_steps": news.step, "value": news.value}
+            if news.step == Run.open(self.attempt.folder).settings.total_steps:
+                # a summary follows, which an early stop at the last step would prevent
+                wait(self.attempt, seconds=STEP_SECONDS)
         state = self.attempt.state()
         if state == "lost":
             raise RuntimeError(self.attempt.message())
