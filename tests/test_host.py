@@ -136,6 +136,9 @@ def test_what_is_not_there_or_not_continuous_is_refused():
         Host("CartPole-v1").open()
     with pytest.raises(ValueError, match=r"has the observation space Discrete\(16\)"):
         _registered("Flat-v0", gym.spaces.Discrete(16), gym.spaces.Box(-1.0, 1.0, (1,)))
+    with pytest.raises(ValueError, match="has actions of int32"):
+        whole = gym.spaces.Box(0, 10, (1,), np.int32)
+        _registered("Whole-v0", gym.spaces.Box(-1.0, 1.0, (1,)), whole)
     with pytest.raises(ValueError, match="has unbounded actions"):
         _registered("Free-v0", gym.spaces.Box(-1.0, 1.0, (1,)), gym.spaces.Box(-np.inf, 1.0, (1,)))
     with pytest.raises(ValueError, match="has an action component with nothing to choose"):
@@ -184,6 +187,7 @@ def test_every_known_id_is_an_environment_of_the_host():
         (np.array([2.0]), [0.5], None),
         (np.zeros(2), [0.5], "returned the reward array.*; it must be one number"),
         ("much", [0.5], "returned the reward 'much'; it must be one number"),
+        (1.0, [0.5, 0.5], "returned an observation of 2 numbers, and says that it has 1"),
         (1.0, ["much"], "returned an observation that is no array of numbers|raised in step"),
     ],
 )

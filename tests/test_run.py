@@ -406,12 +406,16 @@ def test_the_devices_memory_counts_besides_the_machines(monkeypatch):
 
 def test_only_ctrl_c_acts_at_once_after_another_signal():
     """A service that is stopped sends SIGTERM to a sweep and to its trials, which send it on."""
-    with interruptible() as asked:
-        for _ in range(2):
-            signal.raise_signal(signal.SIGTERM)
-            assert asked()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored here
+    try:
+        with interruptible() as asked:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGTERM)
+                assert asked()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def test_a_file_that_finds_no_room_leaves_nothing(tmp_path, monkeypatch):

@@ -182,7 +182,7 @@ def export(
     checkpoint, for a folder that is not empty, and for a policy with operations that have no NumPy
     code; `RunStopped` where the written policy does not act as the original.
     """
-    run, target = Run.open(folder), Path(to)
+    run, target = Run.open(folder), Path(os.path.expanduser(to)).resolve()
     seed = run.settings.seed_start if seed is None else seed
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"`to` is {target}, which exists and is not an empty folder.")

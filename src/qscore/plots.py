@@ -122,11 +122,14 @@ def figure_metric(panel: Panel, task: Task, metric: str, *, log: bool) -> Figure
     figure = Figure(figsize=(5.2, 2.6), layout="constrained")
     axes = figure.subplots()
     for method in task.methods:
+        label = method.name  # of its first line
         for seed in method.seeds.values():
             rows = [row for row in seed.metrics.values() if metric in row]
             rows = rows[:: max(1, len(rows) // SHOWN_ROWS)]
             x, y = [row["env_steps"] for row in rows], [row[metric] for row in rows]
-            axes.plot(x, y, color=color(panel, method.name), alpha=0.7, linewidth=1.1)
+            shade = color(panel, method.name)
+            axes.plot(x, y, color=shade, alpha=0.7, linewidth=1.1, label=label)
+            label = None
     axes.set_xlabel(task.counted)
     axes.set_ylabel(metric)
     if log and any(value > 0 for line in axes.lines for value in np.asarray(line.get_ydata())):

@@ -145,6 +145,11 @@ class HostTask:
             raise EnvironmentFailure(
                 f"{self.name} returned an observation that is no array of numbers: {error}."
             ) from error
+        if obs.shape != (self.spec.obs_size,):
+            raise EnvironmentFailure(
+                f"{self.name} returned an observation of {obs.size} numbers, and says that it has "
+                f"{self.spec.obs_size}."
+            )
         if not np.isfinite(obs).all():
             bad = np.flatnonzero(~np.isfinite(obs))
             raise EnvironmentFailure(
@@ -243,6 +248,10 @@ def _check_spaces(id: str, env: gym.Env) -> None:
     if not isinstance(action, gym.spaces.Box):
         raise ValueError(
             f"{id!r} has the action space {action}; a score policy needs a Box of real numbers."
+        )
+    if not np.issubdtype(action.dtype, np.floating):
+        raise ValueError(
+            f"{id!r} has actions of {action.dtype}, {action}; a score policy needs real numbers."
         )
     if not (np.isfinite(action.low).all() and np.isfinite(action.high).all()):
         raise ValueError(
