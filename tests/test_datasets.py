@@ -25,7 +25,7 @@ from minari.storage import get_dataset_path
 
 import qscore as qs
 from qscore import cli, datasets
-from qscore.environments import environment_class
+from qscore.environments import LQ, Host, environment_class
 from qscore.playback import Recorder
 from qscore.train_host import episode_seed
 
@@ -577,11 +577,16 @@ def test_a_missing_package_is_named_with_its_install_command(
 
 
 def test_scores_are_normalised_between_two_returns():
-    assert datasets.references("HalfCheetah-v5") == datasets.references("HalfCheetah-v2")
-    assert datasets.references("Pendulum-v1") == {}
-    low, high = datasets.references("Hopper-v5")["d4rl"]
+    assert datasets.references(Host("HalfCheetah-v5")) == datasets.references(
+        Host("HalfCheetah-v2")
+    )
+    assert datasets.references(Host("Pendulum-v1")) == datasets.references(LQ("lq")) == {}
+    low, high = datasets.references(Host("Hopper-v5", num_envs=4))["d4rl"]
     assert [datasets.normalized(x, (low, high)) for x in (low, high)] == [0.0, 100.0]
     assert datasets.normalized((low + high) / 2, (low, high)) == pytest.approx(50.0)
+    # a shorter episode, or another control step, is another task
+    assert datasets.references(Host("Hopper-v5", max_episode_steps=10)) == {}
+    assert datasets.references(Host("Hopper-v5", dt=0.004)) == {}
 
 
 # Recording ----------------------------------------------------------------------------------------

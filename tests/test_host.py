@@ -155,12 +155,18 @@ def _registered(id, observations, actions):
         def __init__(self):
             if observations is None:
                 raise ZeroDivisionError("at birth")
+            left_open.append(id)
 
+        def close(self):
+            left_open.remove(id)
+
+    left_open = []
     gym.register(id, lambda **_: Task(), disable_env_checker=True)
     try:
         Host(id).open()
     finally:
         del gym.registry[id]
+        assert left_open == []
 
 
 def test_a_missing_extra_is_named_with_its_install_command(monkeypatch):
@@ -214,6 +220,19 @@ def test_what_a_step_returns_is_checked(reward, obs, message):
                 task.step(np.zeros(1))
     finally:
         del gym.registry["Odd-v0"]
+
+
+@pytest.mark.parametrize(("id", "hint"), [("Pendulum-v1", False), ("Hopper-v5", True)])
+def test_a_picture_that_fails_has_a_hint_where_mujoco_draws_it(id, hint, monkeypatch):
+    def render():
+        raise RuntimeError("no screen.")
+
+    task = Host(id).open()
+    monkeypatch.setattr(task._env, "render", render)
+    with pytest.raises(EnvironmentFailure, match="raised in render: RuntimeError") as raised:
+        task.render()
+    assert ("needs EGL or OSMesa" in str(raised.value)) == hint
+    task.close()
 
 
 def test_every_task_has_a_time_limit():

@@ -314,10 +314,10 @@ def test_data_of_another_task_are_named(capsys, tmp_path):
 
 
 def test_scores_are_normalised_where_a_reference_is_known(tmp_path):
-    hopper = qs.Host("Hopper-v5", max_episode_steps=10)
+    hopper = qs.Host("Hopper-v5")
     data = write_episodes(tmp_path / "data.npz", hopper, 4)
     run = offline_run(tmp_path / "run", data, hopper, steps=50, seeds=2)
-    low, high = datasets.references("Hopper-v5")["d4rl"]
+    low, high = datasets.references(hopper)["d4rl"]
     expected = [100.0 * (value - low) / (high - low) for value in run.summary["final_returns"]]
     assert run.summary["normalized"] == {"d4rl": pytest.approx(expected)}
     result = qs.evaluate(run.folder, episodes=2)

@@ -26,6 +26,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
+from qscore.environments import Environment, Host
 from qscore.environments.base import Episodic
 from qscore.errors import UsageError, closest, how_to_install
 from qscore.types import Spec, Transition
@@ -124,9 +125,14 @@ def save(
         scratch.unlink(missing_ok=True)
 
 
-def references(environment: str) -> dict[str, tuple[float, float]]:
-    """The returns that score 0 and 100 on an environment, by the name of the reference."""
-    task = unversioned(environment)
+def references(environment: Environment) -> dict[str, tuple[float, float]]:
+    """The returns that score 0 and 100 on an environment, by the name of the reference.
+
+    None where its control step or time limit was set: they are of the task as it comes.
+    """
+    if environment != Host(environment.id, num_envs=environment.num_envs):
+        return {}
+    task = unversioned(environment.id)
     return {name: tasks[task] for name, tasks in REFERENCES.items() if task in tasks}
 
 

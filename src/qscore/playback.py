@@ -160,7 +160,7 @@ def evaluate(
     if best_of != 1:
         result["best_of"] = best_of
         result["returns_best_of"] = [value for returns in best for value in returns]
-    if names := datasets.references(run.environment.id):
+    if names := datasets.references(run.environment):
         result["normalized"] = {
             name: datasets.normalized(result["mean"], reference)
             for name, reference in names.items()
@@ -329,10 +329,7 @@ def _film(run: Run, policy: Policy, agent: Any, seed: int, path: Path) -> None:
     try:
         train_host.evaluate(policy, agent, [task], episodes=1, seed=seed, observer=camera)
     except EnvironmentFailure as error:
-        raise UsageError(
-            f"cannot film {run.environment.id}: {error} Rendering MuJoCo without a "
-            "screen needs EGL or OSMesa (on Debian: apt-get install libegl1 libgl1)."
-        ) from error
+        raise UsageError(f"cannot film {run.environment.id}: {error}") from error
     finally:
         task.close()
     rate = 1.0 / policy.spec.dt

@@ -33,6 +33,7 @@ from qscore.folder import (
     absolute,
     alone,
     as_usage_error,
+    expanded,
     installed_versions,
     new_folder,
     registered_name,
@@ -128,7 +129,7 @@ def train(
         )
     stamp = time.strftime("%Y%m%d-%H%M%S")
     usual = f"{algorithm_label}-{name.replace('/', '-')}-{stamp}"
-    folder = Path("runs") / usual if out is None else Path(os.path.expanduser(out))
+    folder = Path("runs") / usual if out is None else expanded(out)
     with contextlib.ExitStack() as held:
         try:
             if out is None:
@@ -617,7 +618,7 @@ class _Loop:
                 "episodes": len(self.data.episodes),
                 "mean_return": float(np.mean(self.data.returns)),
             }
-        if names := datasets.references(summary["environment"]):
+        if names := datasets.references(self.run.environment):
             summary["normalized"] = {
                 name: [datasets.normalized(value, reference) for value in summary["final_returns"]]
                 for name, reference in names.items()

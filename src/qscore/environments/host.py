@@ -72,10 +72,15 @@ class HostTask:
     def __init__(self, config: Host, render_mode: str | None):
         self.name = config.id
         env = _make(config, render_mode)
-        native_dt = dt = _control_step(env)
-        if config.dt is not None and not math.isclose(config.dt, native_dt):
-            env = _set_dt(env, config, native_dt, render_mode)
-            dt = _control_step(env)
+        try:
+            native_dt = dt = _control_step(env)
+            if config.dt is not None and not math.isclose(config.dt, native_dt):
+                env = _set_dt(env, config, native_dt, render_mode)
+                dt = _control_step(env)
+            _check_spaces(config.id, env)
+        except ValueError:
+            env.close()
+            raise
         self._reward_scale = dt / native_dt
         limit = _time_limit(env)
         self.limited = limit is None
@@ -83,11 +88,11 @@ class HostTask:
         if limit is None:
             limit = DEFAULT_LIMIT
             env = gym.wrappers.TimeLimit(env, limit)
-        _check_spaces(config.id, env)
         self.flattened = len(env.observation_space.shape or ()) != 1
         """Whether its own observations are no vectors."""
-        self._action_shape = env.action_space.shape
         space: Any = env.action_space
+        self.action_shape: tuple[int, ...] = space.shape
+        """Of its own actions."""
         self.action_bounds = (space.low.ravel(), space.high.ravel())
         with warnings.catch_warnings():  # of casting bounds of -1 and 1 to float32
             warnings.simplefilter("ignore")
@@ -95,7 +100,7 @@ class HostTask:
         self._env = env
         self.spec = Spec(
             obs_size=env.observation_space.shape[0],  # pyright: ignore[reportOptionalSubscript]
-            action_size=int(np.prod(self._action_shape)),  # pyright: ignore[reportCallIssue, reportArgumentType]
+            action_size=int(np.prod(self.action_shape)),
             dt=dt,
             horizon=limit * dt,
         )
@@ -107,7 +112,7 @@ class HostTask:
 
     def step(self, action: np.ndarray) -> Step:
         """Advance by one control step under an action in [-1, 1]."""
-        action = np.asarray(action, np.float32).reshape(self._action_shape)
+        action = np.asarray(action, np.float32).reshape(self.action_shape)
         obs, reward, terminated, truncated, _ = self._call("step", lambda: self._env.step(action))
         try:
             reward = np.asarray(reward, np.float64).item() * self._reward_scale
@@ -123,7 +128,15 @@ class HostTask:
 
     def render(self) -> np.ndarray:
         """The current frame, `uint8[height, width, 3]`."""
-        return np.asarray(self._call("render", self._env.render))
+        try:
+            return np.asarray(self._call("render", self._env.render))
+        except EnvironmentFailure as error:
+            if not (self.name.startswith("dm_control/") or hasattr(self._env.unwrapped, "model")):
+                raise
+            raise EnvironmentFailure(
+                f"{error} Rendering MuJoCo without a screen needs EGL or OSMesa (on Debian: "
+                "apt-get install libegl1 libgl1)."
+            ) from error
 
     def close(self) -> None:
         """Free the task's resources."""
