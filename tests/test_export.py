@@ -94,7 +94,10 @@ def test_an_operation_without_a_line_is_refused_by_name():
     for function, name in (
         (lambda x, key: [jnp.sort(x)], "`sort`"),
         (lambda x, key: [jnp.asarray(X).at[jnp.arange(6)].set(x)], "`scatter`"),
+        (lambda x, key: list(jax.lax.top_k(x, 2)), "`top_k`"),
         (lambda x, key: [jr.uniform(key, (6,)) + x], "not standard normal"),
+        (lambda x, key: [jr.key_data(key)], "`random_unwrap` of a random key"),
+        (lambda x, key: [x, jr.split(key)], "returns a random key"),
     ):
         with pytest.raises(ValueError, match=name):
             translate(function, shapes([("x", X)]), key=jr.key(0))
@@ -270,14 +273,14 @@ def test_a_policy_trained_with_the_best_of_several_is_exported_as_it_is_evaluate
 def test_an_example_flattens_what_is_no_vector_and_has_the_limit_of_a_task_without(tmp_path):
     class Endless(gym.Env):
         observation_space = gym.spaces.Box(-1.0, 1.0, (2, 2), np.float32)
-        action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
+        action_space = gym.spaces.Box(-1.0, 1.0, (2, 1), np.float32)
 
     gym.register("Grid-v0", lambda **_: Endless(), disable_env_checker=True)
     run = Run(tmp_path, qs.TD3(), qs.Host("Grid-v0"), qs.Settings(), {})
     example = sys.modules["qscore.export"]._example(run, run.environment.open())  # pyright: ignore
     del gym.registry["Grid-v0"]
     made = 'gym.wrappers.FlattenObservation(gym.make("Grid-v0", max_episode_steps=1000))'
-    assert f"env = {made}" in example
+    assert f"env = {made}" in example and "env.step(action.reshape((2, 1)))" in example
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from qscore import cli, plots, statistics
 from qscore.environments import LQ, DoubleWell
 from qscore.errors import UsageError
 from qscore.folder import Run, Settings
-from qscore.panel import _labels, arrange, read_panel
+from qscore.panel import Method, Panel, Task, _labels, arrange, read_panel
 from qscore.report import report
 
 report_module = importlib.import_module("qscore.report")
@@ -330,6 +330,42 @@ def test_the_verdict_says_where_no_result_of_so_few_seeds_could_settle_it(tmp_pa
     assert ("So few seeds cannot settle it" in said[1]) == (not settles)
 
 
+def test_no_draw_of_labels_is_below_the_least_chance(monkeypatch):
+    ahead, behind = [[9.0] * 3, [9.0]], [[1.0] * 2, [1.0] * 3]
+    assert statistics.least_chance(ahead, behind) == 0.05  # where `SURE` lies
+    monkeypatch.setattr(statistics, "RELABELLINGS", 20)
+    monkeypatch.setattr(statistics.np.random, "default_rng", lambda seed: Unlucky())
+    assert statistics.chance(ahead, behind) == 0.05
+
+
+class Unlucky:
+    """Draws labels with which `ahead` is never ahead."""
+
+    def permuted(self, ranks, axis):
+        return ranks[:, ::-1]
+
+
+def test_single_seeds_are_given_no_intervals(tmp_path):
+    folders = [
+        write_run(tmp_path / "td3", qs.TD3(), level=1e4, seeds=1),
+        write_run(tmp_path / "sac", qs.SAC(), seeds=3),
+    ]
+    report(folders, tmp_path / "r.html", films=False)
+    text = (tmp_path / "r.html").read_text()
+    assert "a return of 10,400 (one seed, so without an interval), 9,999 above sac" in text
+    assert "100% (one seed)" in Page(text).cells and "Single seeds have none: td3." in text
+    # over two tasks, of which one has several seeds
+    two = qs.Host("Hopper-v5")
+    folders += [
+        write_run(tmp_path / "td3b", qs.TD3(), two, level=1e4, seeds=3),
+        write_run(tmp_path / "sacb", qs.SAC(), two, seeds=3),
+    ]
+    report(folders, tmp_path / "r.html", films=False)
+    text = (tmp_path / "r.html").read_text()
+    assert "(one seed on some task, so without an interval)" in text
+    assert "100% (one seed)" in Page(text).cells
+
+
 def test_the_verdict_is_not_sure_of_one_that_mostly_does_worse(tmp_path):
     # far ahead on one task, a little behind on two: the mean is higher, but a seed is mostly worse
     folders = []
@@ -508,6 +544,17 @@ def test_the_same_report_in_markdown_has_all_its_pictures(tmp_path, trained):
         assert np.ptp(np.asarray(imageio.imread(tmp_path / each))) > 0
     assert text.startswith("# sac and td3 on Pendulum-v1\n\n**")
     assert "```bash\nqscore train sac Pendulum-v1 --steps 400 --seeds 3" in text
+    assert not list(tmp_path.glob(".*"))
+    # a report with fewer pictures, in its place, and one whose captions are cut within brackets
+    (tmp_path / "report_files" / "mine.png").touch()
+    wide = [qs.SAC(hidden=(size,) * 12) for size in (8, 16)]
+    runs = [write_run(tmp_path / f"wide{i}", each, seeds=1) for i, each in enumerate(wide)]
+    report(runs, out, films=False)
+    text = out.read_text()
+    assert "![sac, hidden=\\[8, 8, 8, 8, 8, 8, 8, 8, 8,..., seed 0](report_files/003.png)" in text
+    assert sorted(path.name for path in (tmp_path / "report_files").iterdir()) == [
+        *(f"{i:03}.png" for i in range(text.count("![") )), "mine.png"
+    ]  # fmt: skip
 
 
 def test_one_seed_of_one_method_has_no_interval_and_no_rival(tmp_path):
@@ -572,6 +619,12 @@ def test_figures_do_not_pile_up(tmp_path):
         assert alive() - before <= 1
     finally:
         gc.enable()
+
+
+def test_every_method_has_a_colour_of_its_own():
+    methods = [Method(f"method {i}", {}) for i in range(40)]
+    panel = Panel([Task("task", methods, [], "steps")], [])
+    assert len({plots.color(panel, name) for name in panel.names}) == 40
 
 
 def test_a_figure_has_one_axes_per_task(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from qscore.algorithms import algorithm_name
 from qscore.environments import ENVIRONMENTS
 from qscore.environments.base import Episodic, Step
 from qscore.errors import RunStopped, UsageError
-from qscore.folder import Run, as_usage_error
+from qscore.folder import Run, as_usage_error, expanded
 from qscore.numpy_code import Code, evaluate, translate
 from qscore.panel import shortened, task_fields
 from qscore.playback import load_agents
@@ -100,7 +100,7 @@ obs, _ = env.reset(seed=0)
 carry, done, episode_return = policy.init_carry(), False, 0.0
 while not done:
     action, carry = policy(obs, carry)
-    obs, reward, terminated, truncated, _ = env.step(action)
+    obs, reward, terminated, truncated, _ = env.step({action})
     episode_return += reward
     done = terminated or truncated
 print(episode_return)"""
@@ -182,7 +182,7 @@ def export(
     checkpoint, for a folder that is not empty, and for a policy with operations that have no NumPy
     code; `RunStopped` where the written policy does not act as the original.
     """
-    run, target = Run.open(folder), Path(os.path.expanduser(to)).resolve()
+    run, target = Run.open(folder), expanded(to).resolve()
     seed = run.settings.seed_start if seed is None else seed
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"`to` is {target}, which exists and is not an empty folder.")
@@ -333,7 +333,10 @@ def _example(run: Run, task: Any) -> str:
     before = ""
     if environment.startswith("dm_control/"):
         before = "import shimmy\n\ngym.register_envs(shimmy)\n"
-    return EPISODE.format(before=before, make=make)
+    action = "action"
+    if len(task.action_shape) != 1:
+        action = f"action.reshape({task.action_shape})"
+    return EPISODE.format(before=before, make=make, action=action)
 
 
 def _card(

@@ -236,9 +236,14 @@ def non_defaults(config: Any) -> dict[str, Any]:
     return {"preset": config.preset, **found} if "preset" in named else found
 
 
+def expanded(path: str | os.PathLike) -> Path:
+    """A path that may begin with `~`, which no shell expands in a file or after `--out=`."""
+    return Path(os.path.expanduser(path))
+
+
 def absolute(dataset: str | os.PathLike) -> str:
     """The full path of a file or folder, so that any place can resume the run; an id as it is."""
-    path = Path(os.path.expanduser(dataset))
+    path = expanded(dataset)
     return str(path.resolve() if path.exists() else dataset)
 
 
@@ -285,7 +290,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file as a whole: never half of it, whenever the machine dies."""
-    scratch = path.with_suffix(".tmp")
+    scratch = path.with_name(f".{path.name}.tmp")
     try:
         with open(scratch, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
@@ -363,7 +368,7 @@ def problem_text(given: str) -> str:
         lq.Problem.from_json(text)
         return json.dumps(json.loads(text))
 
-    return parsed(Path(os.path.expanduser(given)), checked)
+    return parsed(expanded(given), checked)
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:

@@ -67,6 +67,8 @@ class Code:
         """A symbol's name, a number, or a constant array's place."""
         if isinstance(value, Symbol):
             return value.name
+        if isinstance(value, RandomKey):
+            raise ValueError("there is no line of NumPy for a policy that returns a random key")
         array = np.asarray(value)
         if array.ndim == 0:
             number = array.item()
@@ -176,7 +178,10 @@ def _operation(
     if secret and name == "random_bits":
         raise ValueError("there is no line of NumPy for draws that are not standard normal")
     if secret and name not in (*INLINE, "scan"):
-        return [RandomKey() for _ in equation.outvars]  # split, cut, folded: still a key
+        kinds = [variable.aval.dtype for variable in equation.outvars]
+        if not all(jax.dtypes.issubdtype(kind, jax.dtypes.prng_key) for kind in kinds):
+            raise _without_line(name, "a random key")
+        return [RandomKey() for _ in kinds]  # split, cut, folded: still a key
     if name in INLINE:
         inner = parameters.get("jaxpr", parameters.get("call_jaxpr"))
         results = _run(code, inner.jaxpr, inner.consts, operands, drawn)
@@ -193,7 +198,9 @@ def _operation(
         return [np.zeros(out.aval.shape, out.aval.dtype)]
     if name == "split":
         return _split(code, equation, operands)
-    (out,) = equation.outvars
+    out, *others = equation.outvars
+    if others:
+        raise _without_line(name)
     return [code.emit(_expression(code, equation, operands, out.aval), out.aval)]
 
 
@@ -310,7 +317,11 @@ def _expression(code: Code, equation: Any, operands: list[Any], aval: Any) -> st
             return _gathered(code, equation, operands)
         case "scatter-add" | "scatter" if not isinstance(operands[1], Symbol):
             return _scattered(code, equation, operands, aval)
-    raise ValueError(f"there is no line of NumPy for the operation `{name}` of this policy")
+    raise _without_line(name)
+
+
+def _without_line(name: str, of: str = "this policy") -> ValueError:
+    return ValueError(f"there is no line of NumPy for the operation `{name}` of {of}")
 
 
 def _product(code: Code, operands: list[Any], dimensions: Any) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
@@ -28,8 +29,14 @@ OTHERS = 5
 
 
 def color(panel: Panel, name: str) -> str:
-    """The colour of a method, the same in every figure of a panel."""
-    return COLORS[panel.names.index(name) % len(COLORS)]
+    """The colour of a method, the same in every figure of a panel, and no other method's."""
+    index = panel.names.index(name)
+    if index < len(COLORS):
+        return COLORS[index]
+    # golden steps around the circle of hues, darker on each turn of as many
+    turn, step = divmod(index, len(COLORS))
+    red, green, blue = hsv_to_rgb((0.618034 * step % 1.0, 0.75, 0.6 + 0.3 / turn))
+    return to_hex((red, green, blue))
 
 
 def plot_returns(panel: Panel, out: Path) -> None:

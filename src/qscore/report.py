@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 
 from qscore import datasets, plots
 from qscore.errors import RunStopped, UsageError
+from qscore.folder import write_text
 from qscore.panel import EARLY, Method, Panel, Task, read_panel
 from qscore.playback import film
 from qscore.statistics import (
@@ -158,7 +159,13 @@ def compose(panel: Panel, filmed: Sequence[Block]) -> list[Block]:
     blocks.append(Text(_verdict(ranking, scores, panel.unit), verdict=True))
     if len(ranking) > 1:
         caption = "Interquartile mean over seeds and its 95% bootstrap interval, best first."
-        figure = plots.figure_intervals(panel, ranking, panel.unit)
+        if single := [name for name in ranking if not _repeated(scores[name])]:
+            caption += f" Single seeds have none: {_listed(single)}."
+        drawn = {
+            name: (middle, interval if _repeated(scores[name]) else (middle, middle))
+            for name, (middle, interval) in ranking.items()
+        }
+        figure = plots.figure_intervals(panel, drawn, panel.unit)
         blocks.append(Pictures([Picture(caption, figure)]))
         blocks.append(_comparison(ranking, scores))
     if len(panel.tasks) > 1 and len(ranking) > 1:
@@ -194,8 +201,9 @@ def _verdict(ranking: dict[str, Interval], scores: dict[str, list[list[float]]],
         return f"{best} on {tasks} tasks; each has its figures below."
     middle, (low, high) = ranking[best]
     said = f"{_number(middle)} (95% {_number(low)} to {_number(high)})"
-    if all(len(values) == 1 for values in scores[best]):
-        said = f"{_number(middle)} (one seed, so without an interval)"
+    if not _repeated(scores[best]):
+        where = " on some task" if any(len(values) > 1 for values in scores[best]) else ""
+        said = f"{_number(middle)} (one seed{where}, so without an interval)"
     if not others:
         return f"{best} ends at a {unit} of {said}."
     second = others[0]
@@ -216,17 +224,24 @@ def _verdict(ranking: dict[str, Interval], scores: dict[str, list[list[float]]],
     return said
 
 
+def _repeated(scores: list[list[float]]) -> bool:
+    """Whether a method has several seeds on every task; one says nothing of how others would do."""
+    return all(len(values) > 1 for values in scores)
+
+
 def _comparison(ranking: dict[str, Interval], scores: dict[str, list[list[float]]]) -> Table:
     """The best method against every other one."""
     best, *others = ranking
     rows = []
     for name in others:
         probability, (low, high) = probability_of_improvement(scores[best], scores[name])
+        several = _repeated(scores[best]) and _repeated(scores[name])
+        interval = f"{low:.0%} to {high:.0%}" if several else "one seed"
         rows.append(
             [
                 name,
                 _number(ranking[best][0] - ranking[name][0]),
-                f"{probability:.0%} ({low:.0%} to {high:.0%})",
+                f"{probability:.0%} ({interval})",
                 _percent(chance(scores[best], scores[name])),
             ]
         )
@@ -290,7 +305,7 @@ def _of_task(panel: Panel, task: Task) -> list[Block]:
 
 def _final_table(task: Task) -> Table:
     """The last evaluation that all methods have, and what came before it."""
-    references = datasets.references(task.methods[0].runs[0].environment.id)
+    references = datasets.references(task.methods[0].runs[0].environment)
     header = ["method", f"return after {task.final_step:,} {task.counted}", "95% interval"]
     header += [f"normalised, {name}" for name in references]
     header += ["mean over training", f"over its first {EARLY:.0%}", "steps/s", "every seed"]
@@ -404,8 +419,6 @@ def _listed(names: Sequence[str]) -> str:
 INK = "#010203"
 """Stands for the reader's text colour in a figure, until it is written into a page."""
 
-TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "replace"}
-
 INKED = (
     *("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"),
     "axes.titlecolor",
@@ -449,7 +462,7 @@ def _write_html(heading: str, blocks: Sequence[Block], out: Path) -> None:
             colors |= block.colors
     numbers = itertools.count()
     body = "\n".join(_html(block, colors, numbers) for block in blocks)
-    _replace(
+    _write(
         out,
         "<!doctype html>\n"
         '<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -553,14 +566,15 @@ def _write_markdown(heading: str, blocks: Sequence[Block], out: Path) -> None:
                                 axes.legend(frameon=False, fontsize=8)
                         picture.content.savefig(path, dpi=150)
                     written.append(path)
-                    parts.append(f"![{picture.caption}]({quote(folder.name)}/{path.name})")
-                    parts.append(f"*{picture.caption}*")
-    _replace(out, "\n\n".join(parts) + "\n")
+                    caption = re.sub(r"([\\\[\]*])", r"\\\1", picture.caption)
+                    parts.append(f"![{caption}]({quote(folder.name)}/{path.name})")
+                    parts.append(f"*{caption}*")
+    _write(out, "\n\n".join(parts) + "\n")
+    for path in folder.iterdir():  # of a longer report that was here before
+        if re.fullmatch(r"\d{3}\.(png|gif)", path.name) and path not in written:
+            path.unlink()
 
 
-def _replace(out: Path, text: str) -> None:
-    """Write a file as a whole."""
-    with tempfile.NamedTemporaryFile("w", dir=out.parent, delete=False, **TEXT) as scratch:
-        scratch.write(text)
-    Path(scratch.name).chmod(0o644)
-    Path(scratch.name).replace(out)
+def _write(out: Path, text: str) -> None:
+    """Write the page as a whole; of a folder's name that is no text, what can be written."""
+    write_text(out, text.encode("utf-8", "replace").decode())

@@ -127,7 +127,8 @@ def chance(scores: Scores, others: Scores) -> float:
         scale = len(scores) * len(one) * len(other)
         seen += ranks[0, : len(one)].sum() / scale
         shuffled += generator.permuted(ranks, axis=1)[:, : len(one)].sum(axis=1) / scale
-    return float(min(1.0, 2.0 * np.mean(shuffled >= seen - 1e-9)))
+    drawn = min(1.0, 2.0 * float(np.mean(shuffled >= seen - 1e-9)))
+    return max(drawn, least_chance(scores, others))  # which a share of draws can lie below
 
 
 def least_chance(scores: Scores, others: Scores) -> float:

@@ -24,7 +24,6 @@ anything starts, and what is wrong is said with its line.
 import dataclasses
 import itertools
 import math
-import os
 import re
 import shlex
 import tomllib
@@ -44,6 +43,7 @@ from qscore.folder import (
     Run,
     Settings,
     absolute,
+    expanded,
     problem_text,
     usual_preset,
     usual_steps,
@@ -466,7 +466,7 @@ def parse(text: str, source: str) -> Sweep:
     default = f"runs/{Path(source).stem}"
     return Sweep(
         reader,
-        Path(os.path.expanduser(reader.get(("out",), str, default))),
+        expanded(reader.get(("out",), str, default)),
         engine,
         trials,
         reader.section(Resources, "resources"),

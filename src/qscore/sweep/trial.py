@@ -88,7 +88,7 @@ def main(folder: Path, cores: int, command: list[str]) -> None:
     if (folder / "config.json").is_file():
         cli.main(["resume", str(folder)])
     else:
-        (folder / "config.tmp").unlink(missing_ok=True)  # of a process that died as it began
+        (folder / ".config.json.tmp").unlink(missing_ok=True)  # of a process that died as it began
         cli.main(command[1:])
 
 
