@@ -9,7 +9,7 @@ products of an update differ: acting, parameters, sums and losses are float32 in
 
 from typing import Any
 
-from common import Job, arguments, curves, figures, panel, places, save, train
+from common import Job, arguments, curves, figures, missing, panel, places, save, train
 
 import qscore as qs
 from qscore.products import Precision
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     print(table(results))
     steps = {task.name: task.final_step for task in found.tasks}
-    save(args, {"steps": steps, "tasks": results}, curves(found))
+    save(args, {"missing": missing(todo, runs), "steps": steps, "tasks": results}, curves(found))
 
 
 if __name__ == "__main__":

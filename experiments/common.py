@@ -140,9 +140,9 @@ def _train(job: Job, folder: Path) -> None:
 
 
 def panel(jobs: Sequence[Job], runs: Path) -> Panel:
-    """The runs that have been evaluated, side by side."""
-    evaluated = [job for job in jobs if (job.folder(runs) / "evals.jsonl").is_file()]
-    return arrange([_opened(job, job.folder(runs)) for job in evaluated])
+    """The runs that have finished, side by side."""
+    ended = [job for job in jobs if finished(job, runs)]
+    return arrange([_opened(job, job.folder(runs)) for job in ended])
 
 
 def _opened(job: Job, folder: Path) -> Run:
@@ -161,6 +161,11 @@ def _opened(job: Job, folder: Path) -> Run:
 def finished(job: Job, runs: Path) -> bool:
     """Whether a folder of runs, or of their records, has a run and its end."""
     return (job.folder(runs) / RECORD[-1]).is_file()
+
+
+def missing(jobs: Sequence[Job], runs: Path) -> list[str]:
+    """The names of those that have not finished: diverged, cut short, or never begun."""
+    return [f"{job.name}, seed {job.seed}" for job in jobs if not finished(job, runs)]
 
 
 def keep(jobs: Sequence[Job], runs: Path, records: Path) -> None:
@@ -207,8 +212,10 @@ def save(args: argparse.Namespace, results: dict[str, Any], figure: Figure | Non
     """Write the JSON file, with the command, the commits and the machine; and the picture.
 
     The picture of the full settings goes to where the documentation shows it, others beside the
-    file.
+    file. The runs that `results` lack, its `missing`, are named on the terminal too.
     """
+    for name in results.get("missing", ()):
+        print(f"missing: {name}")
     runs, out = places(args)
     out.parent.mkdir(parents=True, exist_ok=True)
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]

@@ -32,6 +32,7 @@ from common import (
     figures,
     finished,
     keep,
+    missing,
     panel,
     places,
     records_of,
@@ -242,18 +243,15 @@ def main(argv: list[str] | None = None) -> None:
         train([job for job in asked if not finished(job, records)], runs)
     whole = asked if args.quick else everything(args.panel, asked, runs, records)
     keep(whole, runs, records)
-    ended = [job for job in whole if finished(job, records)]
-    missing = [f"{job.name}, seed {job.seed}" for job in whole if job not in ended]
-    if not ended:
+    unfinished = missing(whole, records)
+    if len(unfinished) == len(whole):
         parser.error(f"no run in {runs} has finished")
-    found = panel(ended, records)
+    found = panel(whole, records)
     results = contents(found)
     print(table(results["tasks"]))
     if results["overall"]:
         print(f"\n{overall_table(results['overall'])}")
-    for name in missing:
-        print(f"missing: {name}")
-    save(args, {"missing": missing} | results, curves(found))
+    save(args, {"missing": unfinished} | results, curves(found))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 import gymnasium as gym
 import jax.random as jr
 import numpy as np
-from common import Job, arguments, places, save, train
+from common import Job, arguments, finished, missing, places, save, train
 from matplotlib.figure import Figure
 
 import qscore as qs
@@ -150,7 +150,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     results, actions = summary(args, todo)
     print(table(results))
-    save(args, {"margin": MARGIN, "tasks": results}, picture(actions))
+    kept = {"margin": MARGIN, "missing": missing(todo, runs), "tasks": results}
+    save(args, kept, picture(actions))
 
 
 def summary(args: argparse.Namespace, todo: list[Job]) -> tuple[dict, dict]:
@@ -159,6 +160,8 @@ def summary(args: argparse.Namespace, todo: list[Job]) -> tuple[dict, dict]:
     results: dict[str, dict[str, Any]] = {}
     actions: dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]] = {}
     for job in todo:
+        if not finished(job, runs):
+            continue
         task, name = job.name.split("/")
         folder = job.folder(runs)
         row = results.setdefault(task, {}).setdefault(

@@ -13,7 +13,7 @@ seed.
 
 from typing import Any, Literal, get_args
 
-from common import Job, arguments, figures, panel, places, save, train
+from common import Job, arguments, figures, missing, panel, places, save, train
 from matplotlib.figure import Figure
 
 import qscore as qs
@@ -87,12 +87,14 @@ def picture(results: dict[str, Any]) -> Figure:
 
 def table(results: dict[str, Any]) -> str:
     """Interquartile means, as Markdown."""
-    factors = [row["factor"] for row in next(iter(next(iter(results.values())).values()))]
+    all_rows = [row for targets in results.values() for rows in targets.values() for row in rows]
+    factors = sorted({row["factor"] for row in all_rows})
     lines = [f"| task | target | {' | '.join(f'{factor:.3g}' for factor in factors)} |"]
     lines.append("|---|---|" + "---|" * len(factors))
     for task, targets in results.items():
         for target, rows in targets.items():
-            cells = [f"{row['iqm']:.4g}" for row in rows]
+            known = {row["factor"]: f"{row['iqm']:.4g}" for row in rows}
+            cells = [known.get(factor, "-") for factor in factors]
             lines.append(f"| `{task}` | `{target}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -101,17 +103,20 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, "score_scale").parse_args(argv)
     runs, _ = places(args)
     todo = jobs(args.quick)
-    if not train([job for each in todo.values() for job in each], runs):
+    every = [job for each in todo.values() for job in each]
+    if not train(every, runs):
         print("other processes are still at some of the runs; they will write the results")
         return
     results: dict[str, Any] = {}
     for (task, target, factor), each in todo.items():
+        if len(missing(each, runs)) == len(each):
+            continue
         (found,) = panel(each, runs).tasks
         (method,) = found.methods
         row = {"factor": round(factor, 4), "steps": found.final_step} | figures(found, method)
         results.setdefault(task, {}).setdefault(target, []).append(row)
     print(table(results))
-    save(args, {"tasks": results}, picture(results))
+    save(args, {"missing": missing(every, runs), "tasks": results}, picture(results))
 
 
 if __name__ == "__main__":

@@ -145,6 +145,34 @@ def test_what_a_panel_found_outlives_its_runs(load, tmp_path, capsys):
     assert len(read_panel(folders).tasks[0].methods) == 2 and len(folders) == 4
 
 
+@pytest.mark.parametrize("name", ["bf16", "score_scale", "multi_modality"])
+def test_a_run_that_diverged_is_named_and_shortens_nothing(
+    name, load, tmp_path, capsys, monkeypatch
+):
+    module = load(name)
+    jobs = module.jobs(quick=True)
+    jobs = jobs if isinstance(jobs, list) else [job for each in jobs.values() for job in each]
+    ended, diverged = jobs
+    for job, done in ((ended, ended.steps), (diverged, diverged.steps // 2)):
+        settings = {**job.settings, "seeds": 1}
+        every = settings.pop("eval_every")
+        write_run(
+            job.folder(tmp_path), job.algorithm, job.environment,
+            every=every, done=done, eval_every=every, **settings,
+        )  # fmt: skip
+    (ended.folder(tmp_path) / "summary.json").write_text('{"final_returns": [1.0]}')
+    monkeypatch.setattr(module, "train", lambda jobs, runs: True)
+    if name == "multi_modality":
+        monkeypatch.setattr(module, "draw", lambda *args, **_: np.array([-1.0, 1.0]))
+    out = tmp_path / f"{name}.json"
+    module.main(["--quick", "--runs", str(tmp_path), "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert found["missing"] == [f"{diverged.name}, seed {diverged.seed}"]
+    assert f"missing: {diverged.name}" in capsys.readouterr().out
+    if name == "bf16":
+        assert found["steps"] == {"Pendulum-v1": 600}
+
+
 def test_a_run_of_other_settings_is_not_taken_for_one_of_the_experiment(load, tmp_path):
     common = load("common")
     job = common.Job("task/td3", qs.TD3(), qs.Host("Hopper-v5"), 100_000, 0, 5_000)
