@@ -14,6 +14,7 @@ writes the results.
 
 import argparse
 import fcntl
+import functools
 import json
 import os
 import platform
@@ -21,7 +22,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -234,22 +235,32 @@ def save(args: argparse.Namespace, results: dict[str, Any], figure: Figure | Non
     return out
 
 
-def known(args: argparse.Namespace, **settings: Any) -> tuple[dict[str, Any], list[str]]:
-    """Results by algorithm in an experiment's JSON file, and the commits they were trained at.
+def learn_missing(
+    args: argparse.Namespace, wanted: dict[tuple[str, ...], Callable[[], Any]], **settings: Any
+) -> dict[str, Any]:
+    """`settings`, results under `algorithms`, and the commits that those were `trained_at`.
 
-    For experiments whose runs keep no folder. `settings` are entries of the file. Raises
-    `UsageError` where one of them is another there.
+    For experiments whose runs keep no folder: what the JSON file has is not learned again, and each
+    result is in it as soon as it is there. `wanted` are functions that learn one, by the names that
+    it is nested under, the seed last. Raises `UsageError` where a setting is another in the file.
     """
     _, out = places(args)
-    if not out.is_file():
-        return {}, []
-    found = json.loads(out.read_text(encoding="utf-8"))
-    for name, value in settings.items():
-        if found[name] != value:
-            raise UsageError(
-                f"{out} holds results of other `{name}` than those asked for. Move it away."
-            )
-    return found["algorithms"], found.get("trained_at") or [found["commit"]]
+    results, commits = {}, []
+    if out.is_file():
+        found = json.loads(out.read_text(encoding="utf-8"))
+        for name, value in settings.items():
+            if found[name] != value:
+                raise UsageError(
+                    f"{out} holds results of other `{name}` than those asked for. Move it away."
+                )
+        results, commits = found["algorithms"], found.get("trained_at") or [found["commit"]]
+    for (*names, seed), learn in wanted.items():
+        place = functools.reduce(lambda inner, name: inner.setdefault(name, {}), names, results)
+        if seed not in place:
+            commits = sorted({*commits, commit()})
+            place[seed] = learn()
+            save(args, {"trained_at": commits, **settings, "algorithms": results})
+    return {"trained_at": commits, **settings, "algorithms": results}
 
 
 def trained_at(*folders: Path) -> list[str]:

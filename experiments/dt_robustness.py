@@ -23,6 +23,7 @@ Runs that are in the file already are not repeated.
 """
 
 import dataclasses
+import functools
 import json
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -33,7 +34,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from common import arguments, commit, known, save
+from common import arguments, learn_missing, save
 from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
@@ -241,9 +242,8 @@ def measured_at(quick: bool) -> dict[str, list[str]]:
 
 def environment_of(column: str) -> LQ:
     """The problem at a control step in seconds, or at irregular ones."""
-    times: dict[str, Any] = {"dt": MEAN_STEP if column == IRREGULAR else float(column)}
-    if column == IRREGULAR:
-        times = {"dt_min": MEAN_STEP * 2 / 11, "dt_max": MEAN_STEP * 20 / 11}
+    irregular = {"dt_min": MEAN_STEP * 2 / 11, "dt_max": MEAN_STEP * 20 / 11}
+    times: dict[str, Any] = irregular if column == IRREGULAR else {"dt": float(column)}
     # one Euler step per control step, as in `discrete_optimum`
     return LQ(id="lq", problem=PROBLEM, num_envs=COPIES, substeps=1, **times)
 
@@ -345,23 +345,20 @@ def main(argv: list[str] | None = None) -> None:
         "cqsm": json.loads(json.dumps(dataclasses.asdict(cqsm(MEAN_STEP, "network", **fields)))),
     }
     gradients = exact_gradients()
-    results, commits = known(args, settings=settings)
-    for name, wanted in measured_at(args.quick).items():
-        for column in wanted:
+    wanted = {}
+    for name, columns in measured_at(args.quick).items():
+        for column in columns:
             environment = environment_of(column)  # one for all seeds, as their programs are
             algorithm = LEARNERS[name](environment.dt, **fields)
-            runs = results.setdefault(name, {}).setdefault(column, {})
             for seed in range(seeds):
-                if str(seed) not in runs:
-                    commits = sorted({*commits, commit()})
-                    runs[str(seed)] = learn(algorithm, environment, seed, seconds)
-                    kept = {"trained_at": commits, "settings": settings, "algorithms": results}
-                    save(args, kept)  # what is finished is not lost
+                run = functools.partial(learn, algorithm, environment, seed, seconds)
+                wanted[name, column, str(seed)] = run
+    found = learn_missing(args, wanted, settings=settings)
+    results = found["algorithms"]
     print(table(results))
     summary = {name: summarize(columns) for name, columns in results.items()}
-    kept = {"trained_at": commits, "settings": settings, "algorithms": results}
     exact = {"gradient_rms": gradients, "summary": summary}
-    save(args, kept | exact, picture(results, gradients))
+    save(args, found | exact, picture(results, gradients))
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ visited, and the share of evaluation episodes that end on the high hill.
 Runs that are in the file already are not repeated.
 """
 
+import functools
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from common import arguments, commit, known, save
+from common import arguments, learn_missing, save
 from matplotlib.figure import Figure
 
 import qscore as qs
@@ -134,18 +135,15 @@ def main(argv: list[str] | None = None) -> None:
     fields: dict[str, Any] = {"warmup_steps": 1_000}
     if args.quick:
         fields = {"warmup_steps": 500, "hidden": (32, 32), "batch_size": 64}
-    results, commits = known(args, steps=steps)
+    wanted = {}
     for name in QUICK if args.quick else ALGORITHMS:
         kind, own = ALGORITHMS[name]
+        algorithm = kind(**own, **fields)
         for seed in range(seeds):
-            if str(seed) not in results.setdefault(name, {}):
-                commits = sorted({*commits, commit()})
-                results[name][str(seed)] = learn(kind(**own, **fields), seed, steps, every)
-                kept = {"trained_at": commits, "steps": steps, "algorithms": results}
-                save(args, kept, picture(results))
-    print(table(results))
-    kept = {"trained_at": commits, "steps": steps, "algorithms": results}
-    save(args, kept, picture(results))
+            wanted[name, str(seed)] = functools.partial(learn, algorithm, seed, steps, every)
+    found = learn_missing(args, wanted, steps=steps)
+    print(table(found["algorithms"]))
+    save(args, found, picture(found["algorithms"]))
 
 
 if __name__ == "__main__":

@@ -95,10 +95,20 @@ def test_the_discrete_learner_finds_its_optimum(experiment):
     assert experiment.policy_error(learner, environment, train(jr.key(0))) < 0.1
 
 
-def test_results_of_other_settings_are_not_mixed(experiment, tmp_path):
+def test_what_was_learned_is_kept_and_results_of_other_settings_are_not_mixed(experiment, tmp_path):
     out = tmp_path / "x.json"
-    out.write_text(json.dumps({"commit": "abc", "steps": 5, "algorithms": {"q": {}}}))
+    before = {"commit": "abc", "steps": 5, "algorithms": {"q": {"0.1": {"0": 7.0}}}}
+    out.write_text(json.dumps(before))
     args = experiment.arguments(None, "x").parse_args(["--out", str(out)])
-    assert experiment.known(args, steps=5) == ({"q": {}}, ["abc"])
+
+    def killed():
+        raise KeyboardInterrupt
+
+    wanted = {("q", "0.1", "0"): killed, ("q", "0.1", "1"): lambda: 8.0, ("q", "0.2", "0"): killed}
+    with pytest.raises(KeyboardInterrupt):
+        experiment.learn_missing(args, wanted, steps=5)
+    after = json.loads(out.read_text())
+    assert after["algorithms"] == {"q": {"0.1": {"0": 7.0, "1": 8.0}}}
+    assert after["steps"] == 5 and set(after["trained_at"]) == {"abc", after["commit"]}
     with pytest.raises(qs.UsageError, match=r"x\.json holds results of other `steps`"):
-        experiment.known(args, steps=6)
+        experiment.learn_missing(args, {}, steps=6)
