@@ -28,7 +28,7 @@ the problem is linear-quadratic. `critic="network"` is an ensemble of networks l
 
 Deviations from the paper: (1) the next action is re-simulated, which makes replay valid; (2) the
 score cost can be tied to the running size of the critic's gradient (`cost_unit`), as a fixed one
-runs away when the gradient grows; (3) network critics charge the penalty for the displacement that
+is in units of the task's reward; (3) network critics charge the penalty for the displacement that
 the action's bounds let through, not for the score that asked for it (features know no bounds), and
 the default preset charges none, as its score cost is a step size and no part of the task;
 (4) network critics have target networks and take the smaller of two.
