@@ -645,7 +645,22 @@ def test_scores_that_do_not_keep_z_finite_are_refused_in_an_infinite_horizon():
     assert qs.lq.admissible(UNSTABLE, qs.lq.admissible_gain(UNSTABLE))
     assert evaluate(make(terminal={"T": 3.0}), K).abscissa == pytest.approx(0.4)
     with pytest.raises(ValueError, match="constant in time; remove the `terminal`"):
-        next(qs.lq.kleinman(FINITE, np.zeros((2, 5))))
+        qs.lq.kleinman(FINITE, np.zeros((2, 5)))
+
+
+def test_a_horizon_that_steps_reach_but_for_rounding_is_no_escape():
+    common = {"A": [[1]], "B": [[2]], "noise": [], "M": np.eye(2).tolist(), "sigma_a": 1}
+    common |= {"score_cost": 1, "discount_rate": 1}
+    found, before, after = (
+        solve(make(**common, terminal={"T": 0.2 + apart})) for apart in (0.0, -1e-5, 1e-5)
+    )
+    np.testing.assert_allclose(found.P, 0.5 * (before.P + after.P), rtol=1e-8)
+    equation, zero = lq._equation(make(**common)), np.zeros((3, 3))
+    first, P, _ = next(riccati.flow(equation, zero, 1.0))
+    for apart in (1e-16, 1e-14, 1e-12):
+        *_, (time, last, _) = riccati.flow(equation, zero, first + apart)
+        assert time == first + apart
+        np.testing.assert_allclose(last, P, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("at", [-0.1, 1.6, math.nan])
@@ -678,6 +693,9 @@ def test_expected_values_and_relative_errors_are_those_of_quadrature():
     assert_close(errors["score"], norm(other.score(z) - exact.score(z)) / norm(exact.score(z)))
     assert set(qs.lq.relative_error(exact, K=exact.K, k=exact.k)) == {"score"}
     assert qs.lq.relative_error(exact, P=exact.P, p=exact.p) == {"grad_a_q": 0.0}
+    skewed = exact.P + np.array([[0.0, 1.0], [-1.0, 0.0]])  # the same z'Pz
+    same = qs.lq.relative_error(exact, P=skewed, p=exact.p, c=exact.c)
+    assert max(same.values()) < 1e-15
 
     mean, root = np.array([0.3, -0.2]), np.array([[0.5, 0.0], [0.2, 0.7]])
     average = weight @ evaluate(UNSTABLE, exact.K, exact.k).q(mean + z @ root.T)

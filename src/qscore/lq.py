@@ -325,10 +325,14 @@ def kleinman(
     """
     if problem.terminal is not None:
         raise ValueError("`kleinman` iterates scores constant in time; remove the `terminal`.")
-    while True:
-        solution = evaluate(problem, K, k)
-        yield solution
-        K, k = solution.K, solution.k
+
+    def iterates(K: Any, k: Any) -> Iterator[Solution]:
+        while True:
+            solution = evaluate(problem, K, k)
+            yield solution
+            K, k = solution.K, solution.k
+
+    return iterates(K, k)
 
 
 def abscissa(problem: Problem, K: Float[np.ndarray, "a z"]) -> float:
@@ -374,11 +378,11 @@ def relative_error(
     """Relative L2 errors over z ~ N(0, I) of what is given, in closed form.
 
     `{"q"}` where P, p and c are given, `{"grad_a_q"}` where P and p are, `{"score"}` where K and k
-    are: sqrt(E|approximate - exact|^2 / E|exact|^2).
+    are: sqrt(E|approximate - exact|^2 / E|exact|^2). Of P the symmetric part counts, as in z'Pz.
     """
     errors = {}
     if P is not None and p is not None:
-        d = len(exact.k)
+        d, P = len(exact.k), 0.5 * (P + P.T)
         if c is not None:
             apart = _q_norm(P - exact.P, p - exact.p, c - exact.c)
             errors["q"] = _ratio(apart, _q_norm(exact.P, exact.p, exact.c))

@@ -364,5 +364,5 @@ def flow(
             yield time, P, error
         growth = 0.9 * (STEP_TOLERANCE / max(difference, 1e-300)) ** (1.0 / (STAGES + 1))
         h *= min(max(growth, 0.2), 4.0)
-        if h <= 1e-9 * time:
+        if time < duration and h <= 1e-9 * time:  # (the last step can be a rest by rounding)
             raise FiniteEscape(time)
