@@ -343,19 +343,6 @@ def test_leverage_is_in_units_of_typical_rows():
     assert np.median(martingale.leverage(rare)) < 50.0
 
 
-def test_off_policy_rate_turns_the_behaviours_value_into_the_targets():
-    # the target's Q solves the behaviour's evaluation equation with the corrected rate
-    rng = np.random.default_rng(8)
-    solution = lq.evaluate(PROBLEM, K, k)
-    z = rng.standard_normal((5, 2))
-    score, behaviour = z @ K.T + k, z @ BEHAVIOUR.T
-    slope = solution.gradient(z)
-    rate = martingale.off_policy_rate(
-        *(jnp.asarray(v, jnp.float32) for v in (score, behaviour, slope))
-    )
-    assert_close(rate, np.sum((score - behaviour) * slope, axis=1).astype(np.float32))
-
-
 def test_path_sums_regress_on_what_is_to_go():
     generator = np.random.default_rng(9)
     phi, slope = (generator.standard_normal((5, 3)).astype(np.float32) for _ in range(2))

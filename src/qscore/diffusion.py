@@ -18,11 +18,8 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Int
-
-from qscore.types import Key
 
 Denoiser = Callable[[Float[Array, " act"], Int[Array, ""]], Float[Array, " act"]]
 Variance = Literal["beta", "posterior"]
@@ -112,21 +109,6 @@ def noise_from_clean(
 ) -> Float[Array, " act"]:
     """eps = (a_t - alpha_t a_0) / sigma_t."""
     return (noised - schedule.alpha[level] * clean) / schedule.sigma[level]
-
-
-def denoising_loss(
-    denoiser: Denoiser, schedule: NoiseSchedule, clean: Float[Array, " act"], *, key: Key
-) -> Float[Array, ""]:
-    """E over a uniform level and Gaussian noise of mean (eps_hat - eps)^2: behaviour cloning.
-
-    Its minimiser is E[a_0 | a_t], the exact score of the noised data.
-    """
-    level_key, noise_key = jr.split(key)
-    level = jr.randint(level_key, (), 0, schedule.levels)
-    noise = jr.normal(noise_key, clean.shape)
-    noised = add_noise(schedule, clean, level, noise)
-    predicted = noise_from_clean(schedule, noised, level, denoiser(noised, level))
-    return jnp.mean((predicted - noise) ** 2)
 
 
 def sample(

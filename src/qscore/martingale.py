@@ -87,16 +87,6 @@ def to_go(
     return jax.lax.scan(back, terminal, (earned, dt), reverse=True)[1]
 
 
-def off_policy_rate(
-    score: Float[AnyArray, "*shape act"],
-    behaviour_score: Float[AnyArray, "*shape act"],
-    action_gradient: Float[AnyArray, "*shape act"],
-) -> Float[AnyArray, "*shape"]:
-    """(Psi - Psi_b) . grad_a Q: what must be added to the reward rate where the data's actions
-    followed the diffusion with score Psi_b, for the value of Psi (Ito's formula)."""
-    return jnp.sum((score - behaviour_score) * action_gradient, axis=-1)
-
-
 def traces(
     gradients: Float[AnyArray, "steps params"],
     dt: Float[AnyArray, " steps"],
@@ -274,8 +264,8 @@ class PathSums(eqx.Module):
     """The martingale loss of Q = theta . phi as normal equations, gram theta = gain + shift theta.
 
     Regressing on what a path earns needs paths of the score itself. Where the actions followed
-    another diffusion, with the score Psi_b, a path must also earn (Psi - Psi_b) . grad_a Q
-    (`off_policy_rate`), which is linear in theta: `shift`.
+    another diffusion, with the score Psi_b, a path must also earn (Psi - Psi_b) . grad_a Q by Ito's
+    formula, which is linear in theta: `shift`.
 
     With weights w dt in the regression:
 
