@@ -24,7 +24,7 @@ from qscore.sde import SDE
 
 @dataclass(frozen=True)
 class Portfolio(SDEEnvironment):
-    """Bring wealth to a target with least variance by moving money into and out of a stock.
+    """Bring wealth near a target, in mean square, by moving money into and out of a stock.
 
     State: discounted wealth. Action: money in the stock, in units of the starting wealth. The
     reward is -(X_T - target)^2 at the end of the horizon, and nothing before.
@@ -39,7 +39,8 @@ class Portfolio(SDEEnvironment):
     sharpe_ratio: Annotated[float, Range(0)] = 0.8
     """Excess return over volatility, in [0, inf), per sqrt(year)."""
     target: Annotated[float, Range(0)] = 1.2
-    """Wealth to reach, in [0, inf), in units of the starting wealth."""
+    """w, in [0, inf), in units of the starting wealth x: the wealth that is reached with the least
+    variance is the mean w - (w - x) e^{-rho^2 T}, a little less."""
     spread: Annotated[float, Range(0)] = 0.1
     """Half the width of the uniform distribution of starting wealth about 1, in [0, inf)."""
     leverage: Annotated[float, Range(0, low_open=True)] = 4.0
@@ -70,11 +71,11 @@ class Portfolio(SDEEnvironment):
         return 1.0 + jr.uniform(key, (1,), minval=-self.spread, maxval=self.spread)
 
     def optimal_money(self, x: Float[Array, " state"]) -> Float[Array, " act"]:
-        """u*: money in the stock. It does not depend on time."""
+        """u*: money in the stock, were there no bound on it. It does not depend on time."""
         return -(self.sharpe_ratio / self.volatility) * (x - self.target)
 
     def optimal_value(self, time: Float[Array, ""], x: Float[Array, " state"]) -> Float[Array, ""]:
-        """The largest expected reward from wealth x at `time`, -V."""
+        """The largest expected reward from wealth x at `time`, -V, with `optimal_money`."""
         rest = self.duration - time
         return -((x[0] - self.target) ** 2) * jnp.exp(-(self.sharpe_ratio**2) * rest)
 

@@ -32,6 +32,9 @@ from qscore.types import Key, Spec
 MOST_STEPS = 10**9
 """Of an episode; they are counted in 32 bits."""
 
+MOST_IRREGULAR_STEPS = 10**5
+"""Of one whose steps differ: its time is a sum in float32, which more of them would not reach."""
+
 
 class SDEState(eqx.Module):
     """One running copy: the process's state, and where it is in time (seconds).
@@ -74,7 +77,8 @@ class SDEEnvironment(ABC):
     """Euler-Maruyama steps per control step, in [1, inf)."""
     duration: Annotated[float, Range(0, low_open=True)] = 4.0
     """Length of an episode in seconds, in (0, inf). For a task with a terminal reward this is its
-    horizon, and the episode's end is final; for the others it is a time limit."""
+    horizon, and the episode's end is final; for the others it is a time limit, and the step that
+    reaches it is taken whole."""
 
     recommended: ClassVar[dict[str, str]] = {}
     """The preset an algorithm should take here unless told otherwise, by algorithm name."""
@@ -91,6 +95,11 @@ class SDEEnvironment(ABC):
                     f"`dt_min` must not exceed `dt_max`, got {self.dt_min} and {self.dt_max}."
                 )
             object.__setattr__(self, "dt", 0.5 * (self.dt_min + self.dt_max))
+            if self.duration / self.dt_min > MOST_IRREGULAR_STEPS:
+                raise ValueError(
+                    f"`duration` must be at most {MOST_IRREGULAR_STEPS:g} steps of `dt_min`, got "
+                    f"{self.duration:g} s in steps of {self.dt_min:g} s."
+                )
         if self.duration / (self.dt_min or self.dt) > MOST_STEPS:
             raise ValueError(
                 f"`duration` must be at most {MOST_STEPS:g} steps, got {self.duration:g} s in "
