@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import types
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from helpers import learn, random_batch
 import qscore as qs
 from qscore import lq
 from qscore.algorithms.cqsm import quadratic_features
-from qscore.closed_form import _return_gap, compare, continuous, return_gap
+from qscore.closed_form import Comparison, _return_gap, compare, continuous, return_gap
 from qscore.environments import LQ
 from qscore.train_host import Session
 
@@ -99,6 +100,13 @@ def test_a_score_that_stays_inadmissible_is_explained(tmp_path, capsys):
     assert gap is None or gap > 1.0
     text = (run.folder / "summary.json").read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_an_error_against_nothing_is_zero_or_infinite():
+    zeros, ones = np.zeros((4, 1)), np.ones((4, 1))
+    learned = {"q": 3.0 * ones, "grad_a_q": ones, "score": zeros}
+    found = Comparison(learned, {"q": 2.0 * ones, "grad_a_q": zeros, "score": zeros})
+    assert found.relative_error == {"q": 0.5, "grad_a_q": math.inf, "score": 0.0}
 
 
 def test_the_gap_in_return_is_that_of_the_horizon():

@@ -45,11 +45,16 @@ class Comparison(NamedTuple):
 
     @property
     def relative_error(self) -> dict[str, float]:
-        """sqrt(E|learned - exact|^2 / E|exact|^2) of "q", "grad_a_q" and "score"."""
-        return {
-            name: float(np.sqrt(np.mean((self.learned[name] - exact) ** 2) / np.mean(exact**2)))
-            for name, exact in self.exact.items()
-        }
+        """sqrt(E|learned - exact|^2 / E|exact|^2) of "q", "grad_a_q" and "score".
+
+        Where the exact values are 0 throughout, 0 if the learned ones are too, else infinite.
+        """
+        errors = {}
+        for name, exact in self.exact.items():
+            apart = math.sqrt(np.mean((self.learned[name] - exact) ** 2))
+            size = math.sqrt(np.mean(exact**2))
+            errors[name] = 0.0 if apart == 0.0 else apart / size if size > 0.0 else math.inf
+        return errors
 
 
 def continuous(
@@ -71,9 +76,10 @@ def continuous(
     the score and the noise, and pays for the score. For the optimal score what is left is O(dt^2)
     but for these terms of Q: beta dt/2 times the discounted sum of the score's later costs, which
     are charged with the step before the one they belong to; lambda dt / (4 beta) |K_a sigma_a|^2,
-    as a held action answers its own noise late; and over a finite horizon what a terminal reward
-    of the action would change by in the last half step, in which the action does not move. A score
-    that is not greedy for its Q leaves another such term, as the action takes Euler's steps.
+    as a held action answers its own noise late; and over a finite horizon beta dt/2 of the terminal
+    reward, which is discounted with the last step's, and what a terminal reward of the action would
+    change by in the last half step, in which the action does not move. A score that is not greedy
+    for its Q leaves another such term, as the action takes Euler's steps.
     """
     psi = score(action)
     middle = action + 0.5 * dt * psi

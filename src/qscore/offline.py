@@ -80,7 +80,8 @@ class Improvement(NamedTuple):
 
     - `agent`: the last round's: its score is the policy.
     - `agents`: one per round; their critic is Q of the score before, their score the improved one.
-    - `changes`: relative change of the score over the data in every round; the first is 1.
+    - `changes`: relative change of the score over the data in every round; from the zero score the
+      first is 1.
     - `growth_rates`: of the score that each round evaluated, see `Evaluation`.
     """
 
@@ -107,7 +108,8 @@ def evaluate(
     reward (preset `linear_quadratic`).
 
     Raises `ValueError` for data or settings that the method cannot use and for a score whose value
-    is infinite; `TrainingDiverged` where the fixed point is not reached.
+    is infinite; `TrainingDiverged` where the changes of the fixed point do not fall. How far it
+    came in these rounds, `changes` says.
     """
     data = _Data(algorithm, spec, episodes, method, behaviour)
     if rounds < 1:

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -635,10 +635,15 @@ class _Loop:
                 found, gaps = zip(compared(first), *pool.map(compared, others), strict=True)
             comparisons = dict(zip(summary["seeds"], found, strict=True))
             errors = [c.relative_error for c in found]
+
+            def finite(values: Iterable[float]) -> list[float | None]:
+                return [value if math.isfinite(value) else None for value in values]
+
             summary["lq"] = {
-                "relative_error": {name: [e[name] for e in errors] for name in errors[0]},
+                # null: what is exactly 0 was learned as something else
+                "relative_error": {name: finite(e[name] for e in errors) for name in errors[0]},
                 # null: the score lets the state grow faster than the discount falls
-                "return_gap": [gap if math.isfinite(gap) else None for gap in gaps],
+                "return_gap": finite(gaps),
             }
             from qscore.plots import plot_comparisons  # (see `plot_run`)
 

@@ -503,7 +503,6 @@ class CQSM:
 
         draws = jr.normal(key, (self.inner_steps, action.shape[0]))
         (action, effort), _ = jax.lax.scan(step, (action, jnp.zeros(())), draws)
-        # dt can be zero, at an episode's first observation
         return action, effort / jnp.maximum(self.inner_steps * h**2, 1e-12)
 
     def next_q(

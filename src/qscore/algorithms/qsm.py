@@ -226,8 +226,8 @@ class QSM:
     normalize_observations: bool = False
     """Whether the networks see observations of mean 0 and variance 1, by running moments."""
     best_of: Annotated[int, Range(1, 1024)] = 1
-    """Act with the best of N sampled actions by the critics' mean, in [1, 1024]. Evaluation during
-    training never uses it."""
+    """Act with the best of N actions by the critics' mean, in [1, 1024], sampled with full noise,
+    whatever `eval_chain_noise`. Evaluation during training never uses it."""
     discount: Annotated[float, Range(0, 1, high_open=True)] = 0.99
     """Discount factor per environment step, in [0, 1)."""
     pessimism: Annotated[float, Range(0, 1)] = preset_field()
