@@ -9,13 +9,15 @@ and `weighted` (the same over the increment's variance). Errors are relative L2 
 closed form over standard normal states and actions, as in `summary.json` of a run on `lq`; the
 return gap is what the learned score earns less than the optimal one, relative to that.
 
-Errors against the control step, and with steps of random length, are `dt_robustness.py`.
+Errors against the control step, and with steps of random length, are `dt_robustness.py`. Runs that
+are in the file already are not repeated.
 """
 
+import functools
 import statistics
 from typing import Any
 
-from common import arguments, save
+from common import arguments, learn_missing, save
 from matplotlib.figure import Figure
 
 import qscore as qs
@@ -93,12 +95,14 @@ def main(argv: list[str] | None = None) -> None:
     chunks = [4] if args.quick else [2, 5, 10, 20, 50, 100, 200, 400]
     chunk, seeds = chunk_steps(LQ("lq")), 1 if args.quick else 3
     marks = [chunk * each for each in chunks]
-    results = {
-        variant: {str(seed): learn(algorithm, seed, marks) for seed in range(seeds)}
+    wanted = {
+        (variant, str(seed)): functools.partial(learn, algorithm, seed, marks)
         for variant, algorithm in variants(args.quick).items()
+        for seed in range(seeds)
     }
-    print(table(results))
-    save(args, {"steps": marks[-1], "variants": results}, picture(results, LQ("lq").dt))
+    found = learn_missing(args, wanted, steps=marks[-1])
+    print(table(found["algorithms"]))
+    save(args, found, picture(found["algorithms"], LQ("lq").dt))
 
 
 if __name__ == "__main__":
