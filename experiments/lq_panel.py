@@ -1,6 +1,6 @@
 """CQSM against the closed form over training, with its critics and test functions compared.
 
-    python experiments/lq_panel.py             # about twenty minutes of two cores
+    python experiments/lq_panel.py             # about ten minutes of one core
     python experiments/lq_panel.py --quick
 
 The environment `lq` with its own problem, the preset `linear_quadratic`, critics of quadratic
