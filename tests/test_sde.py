@@ -338,7 +338,6 @@ def test_a_restored_session_ends_where_the_other_does():
         ({"dt": 0.0}, "`dt` must lie in"),
         ({"dt_min": 0.01}, "go together"),
         ({"dt_min": 0.2, "dt_max": 0.1}, "must not exceed `dt_max`"),
-        ({"dt_min": 1e-3, "dt_max": 2e-3, "duration": 101.0}, "at most 100000 steps of `dt_min`"),
         ({"substeps": 0}, "`substeps` must lie in"),
         ({"duration": 1e9, "dt": 1e-3}, "at most 1e\\+09 steps, got 1e\\+09 s in steps of 0.001 s"),
     ],

@@ -32,9 +32,6 @@ from qscore.types import Key, Spec
 MOST_STEPS = 10**9
 """Of an episode; they are counted in 32 bits."""
 
-MOST_IRREGULAR_STEPS = 10**5
-"""Of one whose steps differ: its time is a sum in float32, which more of them would not reach."""
-
 
 class SDEState(eqx.Module):
     """One running copy: the process's state, and where it is in time (seconds).
@@ -95,11 +92,6 @@ class SDEEnvironment(ABC):
                     f"`dt_min` must not exceed `dt_max`, got {self.dt_min} and {self.dt_max}."
                 )
             object.__setattr__(self, "dt", 0.5 * (self.dt_min + self.dt_max))
-            if self.duration / self.dt_min > MOST_IRREGULAR_STEPS:
-                raise ValueError(
-                    f"`duration` must be at most {MOST_IRREGULAR_STEPS:g} steps of `dt_min`, got "
-                    f"{self.duration:g} s in steps of {self.dt_min:g} s."
-                )
         if self.duration / (self.dt_min or self.dt) > MOST_STEPS:
             raise ValueError(
                 f"`duration` must be at most {MOST_STEPS:g} steps, got {self.duration:g} s in "
