@@ -45,16 +45,15 @@ class Comparison(NamedTuple):
 
     @property
     def relative_error(self) -> dict[str, float]:
-        """sqrt(E|learned - exact|^2 / E|exact|^2) of "q", "grad_a_q" and "score".
+        """sqrt(E|learned - exact|^2 / E|exact|^2) of "q", "grad_a_q", "score": see `lq.ratio`."""
 
-        Where the exact values are 0 throughout, 0 if the learned ones are too, else infinite.
-        """
-        errors = {}
-        for name, exact in self.exact.items():
-            apart = math.sqrt(np.mean((self.learned[name] - exact) ** 2))
-            size = math.sqrt(np.mean(exact**2))
-            errors[name] = 0.0 if apart == 0.0 else apart / size if size > 0.0 else math.inf
-        return errors
+        def size(values: np.ndarray) -> float:
+            return math.sqrt(np.mean(values**2))
+
+        return {
+            name: lq.ratio(size(self.learned[name] - exact), size(exact))
+            for name, exact in self.exact.items()
+        }
 
 
 def continuous(

@@ -385,12 +385,12 @@ def relative_error(
         d, P = len(exact.k), 0.5 * (P + P.T)
         if c is not None:
             apart = _q_norm(P - exact.P, p - exact.p, c - exact.c)
-            errors["q"] = _ratio(apart, _q_norm(exact.P, exact.p, exact.c))
+            errors["q"] = ratio(apart, _q_norm(exact.P, exact.p, exact.c))
         apart = _linear_norm((P - exact.P)[-d:], (p - exact.p)[-d:])
-        errors["grad_a_q"] = _ratio(apart, _linear_norm(exact.P[-d:], exact.p[-d:]))
+        errors["grad_a_q"] = ratio(apart, _linear_norm(exact.P[-d:], exact.p[-d:]))
     if K is not None and k is not None:
         apart = _linear_norm(K - exact.K, k - exact.k)
-        errors["score"] = _ratio(apart, _linear_norm(exact.K, exact.k))
+        errors["score"] = ratio(apart, _linear_norm(exact.K, exact.k))
     return errors
 
 
@@ -404,7 +404,8 @@ def _linear_norm(K: np.ndarray, k: np.ndarray) -> float:
     return math.sqrt(np.sum(K * K) + k @ k)
 
 
-def _ratio(apart: float, size: float) -> float:
+def ratio(apart: float, size: float) -> float:
+    """A relative error. Where what is exact is 0 it is infinite, or 0 where nothing is apart."""
     if apart == 0.0:
         return 0.0
     return apart / size if size > 0.0 else math.inf

@@ -347,7 +347,9 @@ def flow(
     gain = equation.gain(P) if K is None else K
     h = min(duration, 1.0 / (float(np.linalg.norm(equation.operator(gain))) + 1e-300))
     while time < duration:
-        h = min(h, duration - time)
+        if h <= 1e-9 * time:
+            raise FiniteEscape(time)
+        h = min(h, duration - time)  # which may be a rest by rounding
         whole = _step(equation, P, h, K)
         half = None if whole is None else _step(equation, P, 0.5 * h, K)
         halves = None if half is None else _step(equation, half, 0.5 * h, K)
@@ -364,5 +366,3 @@ def flow(
             yield time, P, error
         growth = 0.9 * (STEP_TOLERANCE / max(difference, 1e-300)) ** (1.0 / (STAGES + 1))
         h *= min(max(growth, 0.2), 4.0)
-        if time < duration and h <= 1e-9 * time:  # (the last step can be a rest by rounding)
-            raise FiniteEscape(time)
